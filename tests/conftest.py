@@ -1,0 +1,42 @@
+"""Chooses the backend under test before the library is imported.
+
+``pytest --backend triton`` runs the Triton kernels in the interpreter on CPU tensors (on the GPU
+where there is one); ``--backend cuda-host`` runs the CUDA kernels through tests/cuda_host.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "cuda-host")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", default="auto", choices=BACKENDS)
+
+
+def pytest_configure(config):
+    backend = config.getoption("--backend")
+    os.environ["WEIGHTSHARE_BACKEND"] = "reference" if backend == "cuda-host" else backend
+    import torch
+
+    if backend == "triton" and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    import weightshare_kernels  # noqa: F401  (registers the ops of the chosen backend)
+
+    if backend == "cuda-host":
+        sys.path.insert(0, str(Path(__file__).parent))
+        from cuda_host import register
+
+        register()
+
+
+def pytest_report_header(config):
+    import torch
+
+    from weightshare_kernels import _register
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    served = {name: _register.backend_of(name, device) for name in _register.OPS}
+    return [f"weightshare on {device}: " + ", ".join(f"{k}={v}" for k, v in served.items())]

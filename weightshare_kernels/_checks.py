@@ -1,0 +1,64 @@
+"""Argument checks shared by the ops: what came, what was wanted, how to mend it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def tensor(name: str, value, dims: int | None = None) -> None:
+    """Require a floating-point tensor, of ``dims`` dimensions if given."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if dims is not None and value.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {tuple(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Require the device of another argument."""
+    if value.device != like.device:
+        raise ValueError(
+            f"{name}: is on {value.device}, but {like_name} is on {like.device}; move one of them"
+        )
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which sums are kept: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def same_kind(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
+    """Require the device, and outside autocast the dtype, of another argument."""
+    same_device(name, value, like_name, like)
+    if value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+        raise TypeError(
+            f"{name}: is {value.dtype}, but {like_name} is {like.dtype}; convert one with .to()"
+        )
+
+
+def linear_arguments(x, weight, bias) -> None:
+    """Check the tensors of a linear layer: x ``[..., in]``, weight ``[O, I]``, bias ``[O]``."""
+    tensor("x", x)
+    tensor("weight", weight, 2)
+    if x.dim() == 0:
+        raise ValueError("x: expected at least 1 dimension [..., in], got a scalar")
+    same_kind("weight", weight, "x", x)
+    if bias is not None:
+        tensor("bias", bias, 1)
+        same_kind("bias", bias, "x", x)
+        if bias.shape[0] != weight.shape[0]:
+            raise ValueError(
+                f"bias: has {bias.shape[0]} elements, but weight has {weight.shape[0]} rows; "
+                "pass the whole bias, it is selected together with the rows"
+            )
+
+
+def autocast(*tensors: Tensor | None) -> list[Tensor | None] | tuple[Tensor | None, ...]:
+    """Cast floating tensors to autocast's dtype where autocast is on for their device."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [None if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]

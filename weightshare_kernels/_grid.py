@@ -1,0 +1,136 @@
+"""The algebra of weight entanglement: nested choices become a small grid of factors.
+
+``sum_k alpha_k Pad(W[choice_k])`` equals ``C * W`` elementwise, and C is constant on the blocks
+that the distinct sizes of each axis cut out. So a mixture of K choices needs one number per
+block: ``grid = membership @ alpha``, and autograd through that small product returns every
+``d alpha_k`` from one ``d grid``. (Weight-Entanglement Meets Gradient-Based NAS, Sukthanker et
+al., 2023, materialises the K padded copies instead.)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Grid(NamedTuple):
+    """Blocks of a weight on which the mixture factor is constant."""
+
+    shape: tuple[int, ...]  # blocks per axis
+    membership: Tensor  # [blocks, K]: 1 where choice k covers the block
+    classes: tuple[Tensor, ...]  # per axis [size] int32: block of each element, shape[d] = outside
+
+
+_cache: dict[tuple, Grid] = {}
+
+
+def prefix_classes(size: int, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Distinct prefix sizes, ascending, and per element the first of them that covers it."""
+    edges = sorted(set(sizes))
+    return edges, [next((c for c, e in enumerate(edges) if j < e), len(edges)) for j in range(size)]
+
+
+def centre_classes(size: int, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The same for centred crops: a crop of size s of n starts at ``(n - s) // 2``."""
+    edges = sorted(set(sizes))
+    spans = [((size - e) // 2, (size - e) // 2 + e) for e in edges]
+    classes = [
+        next((c for c, (a, b) in enumerate(spans) if a <= j < b), len(edges)) for j in range(size)
+    ]
+    return edges, classes
+
+
+def make_grid(
+    shape: Sequence[int], choices: Sequence[Sequence[int]], like: Tensor, centred_from: int = 2
+) -> Grid:
+    """Cut a weight of ``shape`` into blocks for ``choices``; cached.
+
+    Args:
+        shape: shape of the weight.
+        choices: K tuples, one size per axis; validated by :func:`check_choices`.
+        like: alpha; gives device and dtype of the membership matrix.
+        centred_from: axes from here on are centre-cropped (spatial), those before are prefixes.
+    """
+    key = (tuple(shape), tuple(map(tuple, choices)), like.device, like.dtype, centred_from)
+    grid = _cache.get(key)
+    if grid is None or torch.compiler.is_compiling():
+        grid = _make(*key)
+        if not torch.compiler.is_compiling():
+            _cache[key] = grid
+    return grid
+
+
+def _make(shape, choices, device, dtype, centred_from) -> Grid:
+    edges, classes = [], []
+    for axis, size in enumerate(shape):
+        cut = prefix_classes if axis < centred_from else centre_classes
+        axis_edges, axis_classes = cut(size, [choice[axis] for choice in choices])
+        edges.append(axis_edges)
+        classes.append(torch.tensor(axis_classes, dtype=torch.int32, device=device))
+    rows = [
+        [float(all(c >= e for c, e in zip(choice, block, strict=True))) for choice in choices]
+        for block in itertools.product(*edges)
+    ]
+    membership = torch.tensor(rows, dtype=dtype, device=device).reshape(-1, len(choices))
+    return Grid(tuple(map(len, edges)), membership, tuple(classes))
+
+
+def check_choices(choices, alpha, shape: Sequence[int], axes: Sequence[str]) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless choices and alpha fit."""
+    if not isinstance(choices, Sequence) or isinstance(choices, str):
+        raise TypeError(f"choices: expected a sequence of {_form(axes)}, got {choices!r}")
+    if not choices:
+        raise ValueError("choices: is empty; a mixture needs at least one choice")
+    for number, choice in enumerate(choices):
+        if isinstance(choice, str) or not isinstance(choice, Sequence):
+            raise TypeError(f"choices[{number}]: expected {_form(axes)}, got {choice!r}")
+        if len(choice) != len(axes):
+            raise ValueError(f"choices[{number}]: expected {_form(axes)}, got {tuple(choice)}")
+        for axis, value, size in zip(axes, choice, shape, strict=True):
+            check_size(f"choices[{number}]: {axis}", value, size)
+    check_alpha("alpha", alpha, len(choices))
+
+
+def check_sizes(axis: str, sizes, alpha, size: int) -> None:
+    """The same for one axis: ``sizes`` are prefix sizes."""
+    if not isinstance(sizes, Sequence) or isinstance(sizes, str):
+        raise TypeError(f"{axis}s: expected a sequence of ints, got {sizes!r}")
+    if not sizes:
+        raise ValueError(f"{axis}s: is empty; a mixture needs at least one choice")
+    for number, value in enumerate(sizes):
+        check_size(f"{axis}s[{number}]", value, size)
+    check_alpha(f"alpha_{axis}", alpha, len(sizes))
+
+
+def check_size(name: str, value, size: int) -> None:
+    """Require an int within an axis."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {value!r}")
+    if not 0 <= value <= size:
+        raise ValueError(f"{name}: is {value}, outside 0..{size}, the weight's size")
+
+
+def check_alpha(name: str, alpha, count: int) -> None:
+    """Require a floating-point vector with one entry per choice."""
+    if not isinstance(alpha, Tensor) or not alpha.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor [{count}], got {alpha!r}")
+    if tuple(alpha.shape) != (count,):
+        raise ValueError(
+            f"{name}: expected shape ({count},), one per choice, got {tuple(alpha.shape)}"
+        )
+
+
+def _form(axes: Sequence[str]) -> str:
+    return "(" + ", ".join(axes) + ")"
+
+
+def factors(grid: Tensor, classes: Sequence[Tensor]) -> Tensor:
+    """Expand a grid to one factor per element (reference only); outside is zero."""
+    padded = torch.nn.functional.pad(grid, [0, 1] * grid.dim())
+    for axis, index in enumerate(classes):
+        padded = padded.index_select(axis, index.long())
+    return padded

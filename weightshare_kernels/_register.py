@@ -1,0 +1,90 @@
+"""Define, implement and describe an op: the only place that touches ``torch.library``.
+
+The schema lives here, in Python; native libraries only add implementations, so either may be
+loaded first, and the PyTorch reference serves wherever no kernel is registered.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from weightshare_kernels import _config, _loader
+
+NAMESPACE = "weightshare"
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+_TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One dispatcher op: its schema, and where its Triton implementation lives, if any."""
+
+    schema: str
+    reference: Callable
+    triton: str | None
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(schema: str, *, reference: Callable, fake: Callable, triton: str | None = None):
+    """Register an op and return its bound overload.
+
+    Args:
+        schema: the signature, sizes that vary between subnets declared ``SymInt``.
+        reference: slow, obvious PyTorch; serves every device that has no kernel.
+        fake: the same signature on meta tensors; returns outputs without data.
+        triton: ``"module:function"`` with the reference's signature, imported only when used.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=_TAGS)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    OPS[name] = Op(schema, reference, triton)
+    if triton is not None and (key := _triton_key(name)) is not None:
+        module, function = triton.split(":")
+        override(name, getattr(importlib.import_module(module), function), key)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def override(name: str, function: Callable, key: str) -> None:
+    """Make ``function`` the implementation of an op under one dispatch key."""
+    _LIBRARY.impl(name, function, key, allow_override=True)
+
+
+def has_kernel(name: str, key: str) -> bool:
+    """Tell whether the op has an implementation of its own under a dispatch key."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def _triton_key(name: str) -> str | None:
+    """Dispatch key that Triton should serve for this op here, or None."""
+    backend = _config.get("WEIGHTSHARE_BACKEND")
+    if backend not in ("auto", "triton") or importlib.util.find_spec("triton") is None:
+        return None
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "CPU" if backend == "triton" else None
+    if torch.version.cuda is None or has_kernel(name, "CUDA"):
+        return None
+    return "CUDA"
+
+
+def backend_of(name: str, device_type: str) -> str:
+    """Name of the backend that serves an op on a device: for ``info`` and for tests."""
+    key = device_type.upper()
+    if not has_kernel(name, key):
+        return "reference"
+    if OPS[name].triton is not None and _triton_key(name) == key:
+        return "triton"
+    return "cuda" if key == "CUDA" else "cpu"
+
+
+def loaded_libraries() -> dict[str, _loader.Library]:
+    """State of the native libraries."""
+    return _loader.LIBRARIES

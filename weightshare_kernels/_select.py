@@ -1,0 +1,192 @@
+"""Axis selections: which rows or columns of a shared weight a subnet uses.
+
+A selection is one of ``None`` (all), an ``int`` (prefix), a ``slice``, a sequence of slices
+(concatenated in order) or a 1-D integer index tensor. Kernels read either a span, which is a
+strided view, or an index table. Tables are range-checked once, when they are made.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+Selection = int | slice | Sequence[slice] | Tensor | None
+_CACHE_SIZE = 4096
+
+
+class Axis(NamedTuple):
+    """A checked selection of one axis: a span if ``index`` is None, else an index table."""
+
+    start: int
+    length: int
+    index: Tensor | None  # [length] int64, on the weight's device
+
+
+_spans: dict[tuple, Axis] = {}
+_tables: dict[tuple, tuple[weakref.ref, int, Axis]] = {}
+
+
+def select(name: str, spec: Selection, size: int, device: torch.device) -> Axis:
+    """Check a selection against an axis and return what kernels read.
+
+    Args:
+        name: the argument's name, for error messages.
+        spec: the selection.
+        size: number of elements of the axis.
+        device: where an index table must live.
+
+    Raises:
+        TypeError: the selection is of no known kind.
+        ValueError: it is out of range or selects an element twice.
+    """
+    if spec is None:
+        return Axis(0, size, None)
+    if torch.compiler.is_compiling():
+        return _make(name, spec, size, device, trusted=True)
+    if isinstance(spec, Tensor):
+        return _cached_table(name, spec, size, device)
+    key = (_key(name, spec), size, device)
+    axis = _spans.get(key)
+    if axis is None:
+        axis = _make(name, spec, size, device)
+        if len(_spans) >= _CACHE_SIZE:
+            _spans.clear()
+        _spans[key] = axis
+    return axis
+
+
+def view(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Narrow a dimension to a span; an index table leaves it whole for the kernel to gather."""
+    if axis.index is not None or (axis.start == 0 and axis.length == tensor.shape[dim]):
+        return tensor
+    return tensor.narrow(dim, axis.start, axis.length)
+
+
+def take(tensor: Tensor, axis: Axis) -> Tensor:
+    """Select along dimension 0, by view for a span and by copy for an index table."""
+    return view(tensor, 0, axis) if axis.index is None else tensor[axis.index]
+
+
+def _key(name: str, spec):
+    """Hashable form of a selection (a slice is not hashable before Python 3.12)."""
+    if isinstance(spec, int):
+        return spec if not isinstance(spec, bool) else _reject(name, spec)
+    if isinstance(spec, slice):
+        return (spec.start, spec.stop, spec.step)
+    if isinstance(spec, Sequence) and not isinstance(spec, str | bytes):
+        for piece in spec:
+            if not isinstance(piece, slice):
+                _reject(name, spec)
+        return tuple((piece.start, piece.stop, piece.step) for piece in spec)
+    return _reject(name, spec)
+
+
+def _reject(name: str, spec):
+    raise TypeError(
+        f"{name}: expected None, an int (prefix), a slice, a sequence of slices or a 1-D integer "
+        f"tensor, got {spec!r} of type {type(spec).__name__}"
+    )
+
+
+def _make(name: str, spec, size: int, device: torch.device, trusted: bool = False) -> Axis:
+    if isinstance(spec, Tensor):
+        return _table(name, spec, size, device, trusted)
+    if isinstance(spec, int | torch.SymInt) and not isinstance(spec, bool):
+        if not 0 <= spec <= size:
+            raise ValueError(f"{name}: prefix {spec} is outside 0..{size}, the size of the axis")
+        return Axis(0, spec, None)
+    if not trusted:
+        _key(name, spec)
+    pieces = [spec] if isinstance(spec, slice) else list(spec)
+    ranges = _merge([_range(name, piece, size) for piece in pieces])
+    if not ranges:
+        return Axis(0, 0, None)
+    if len(ranges) == 1 and ranges[0][2] == 1:
+        start, stop, _ = ranges[0]
+        return Axis(start, stop - start, None)
+    index = torch.cat([torch.arange(a, b, step, device=device) for a, b, step in ranges])
+    return index_axis(name, index, size, check=not trusted)
+
+
+def _range(name: str, piece: slice, size: int) -> tuple[int, int, int]:
+    """Bounds of one slice; unlike Python's own slicing, out of range is an error."""
+    start = 0 if piece.start is None else piece.start
+    stop = size if piece.stop is None else piece.stop
+    step = 1 if piece.step is None else piece.step
+    if step < 1:
+        raise ValueError(f"{name}: {piece} has step {step}; a selection needs step >= 1")
+    if not 0 <= start <= stop <= size:
+        raise ValueError(
+            f"{name}: {piece} does not fit 0 <= start <= stop <= {size}, the size of the axis"
+        )
+    return start, stop, step
+
+
+def _merge(ranges: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Drop empty pieces and join unit-step pieces that follow one another."""
+    merged: list[tuple[int, int, int]] = []
+    for start, stop, step in ranges:
+        if start == stop:
+            continue
+        if merged and step == 1 == merged[-1][2] and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop, 1)
+        else:
+            merged.append((start, stop, step))
+    return merged
+
+
+def index_axis(name: str, index: Tensor, size: int, check: bool = True) -> Axis:
+    """Wrap an index table, checked for range and repeats; a run of neighbours becomes a span."""
+    length = index.shape[0]
+    if not check:
+        return Axis(0, length, index)
+    if length == 0:
+        return Axis(0, 0, None)
+    ordered = index.sort().values
+    low, high = int(ordered[0]), int(ordered[-1])
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"{name}: indices run from {low} to {high}, outside 0..{size - 1}; the axis has "
+            f"{size} elements"
+        )
+    repeats = int((ordered[1:] == ordered[:-1]).sum())
+    if repeats:
+        raise ValueError(
+            f"{name}: {repeats} repeated indices; each element may be selected once "
+            "(gather the output instead, or torch.unique the indices)"
+        )
+    if high - low + 1 == length and bool((index == ordered).all()):
+        return Axis(low, length, None)
+    return Axis(0, length, index)
+
+
+def _table(name: str, spec: Tensor, size: int, device: torch.device, trusted: bool) -> Axis:
+    if spec.dtype in (torch.bool, torch.uint8) or spec.is_floating_point() or spec.is_complex():
+        raise TypeError(
+            f"{name}: an index tensor must be int64 or int32, got {spec.dtype}"
+            + ("; use mask.nonzero().flatten()" if spec.dtype == torch.bool else "")
+        )
+    if spec.dim() != 1:
+        raise ValueError(f"{name}: an index tensor must be 1-D, got shape {tuple(spec.shape)}")
+    index = spec.detach().to(device=device, dtype=torch.int64).contiguous()
+    if trusted:  # traced: its values are not known, the kernels bound-check every access
+        return Axis(0, index.shape[0], index)
+    if index is spec or index.data_ptr() == spec.data_ptr():
+        index = index.clone()  # the table must not change behind the check
+    return index_axis(name, index, size)
+
+
+def _cached_table(name: str, spec: Tensor, size: int, device: torch.device) -> Axis:
+    key = (id(spec), size, device)
+    hit = _tables.get(key)
+    if hit is not None and hit[0]() is spec and hit[1] == spec._version:
+        return hit[2]
+    axis = _table(name, spec, size, device, trusted=False)
+    if len(_tables) >= _CACHE_SIZE:
+        _tables.clear()
+    _tables[key] = (weakref.ref(spec), spec._version, axis)
+    return axis

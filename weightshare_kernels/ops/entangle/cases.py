@@ -1,0 +1,30 @@
+"""Inputs, shapes and baselines of :func:`entangle`, for tests and benchmarks."""
+
+from __future__ import annotations
+
+from weightshare_kernels._cases import Case, Inputs, Maker
+from weightshare_kernels.ops.entangle import entangle
+from weightshare_kernels.ops.entangle.reference import pad_and_sum
+
+
+def _inputs(shape, choices):
+    def make(m: Maker) -> Inputs:
+        return {"weight": m.randn(*shape), "choices": choices, "alpha": m.alpha(len(choices))}
+
+    return make
+
+
+_TESTS = {
+    "vector": ((70,), [(20,), (50,), (70,)]),
+    "matrix": ((48, 37), [(16, 10), (48, 37), (33, 20)]),
+    "conv": ((12, 10, 7, 7), [(6, 5, 3, 3), (12, 10, 5, 5), (8, 10, 7, 7), (12, 7, 7, 3)]),
+    "depthwise": ((40, 1, 5, 5), [(16, 1, 3, 3), (40, 1, 5, 5), (24, 1, 5, 5)]),
+    "conv1d_even": ((9, 8, 6), [(9, 8, 6), (4, 8, 3), (9, 2, 4)]),
+    "short_of_full": ((20, 16, 5, 5), [(8, 8, 3, 3), (12, 10, 3, 3)]),
+    "zero_size": ((12, 8), [(0, 8), (12, 8), (6, 0)]),
+    "empty": ((0, 8), [(0, 8), (0, 4)]),
+}
+
+CASES = [
+    Case(name, _inputs(*arguments), entangle, pad_and_sum) for name, arguments in _TESTS.items()
+]

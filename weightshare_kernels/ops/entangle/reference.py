@@ -1,0 +1,45 @@
+"""Entangled weights in plain PyTorch: the definition of the op."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from weightshare_kernels import _grid
+
+
+def forward(weight: Tensor, grid: Tensor, rows: Tensor, cols: Tensor, inner: Tensor) -> Tensor:
+    """``weight[r,c,s] * grid[rows[r], cols[c], inner[s]]``, zero outside the grid."""
+    return (weight * _grid.factors(grid, (rows, cols, inner))).to(weight.dtype)
+
+
+def backward(
+    grad: Tensor, weight: Tensor, grid: Tensor, rows: Tensor, cols: Tensor, inner: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight ``[R,C,S]`` and of grid ``[Gr,Gc,Gs]``."""
+    product = grad.to(grid.dtype) * weight.to(grid.dtype)
+    return forward(grad, grid, rows, cols, inner), block_sums(product, grid, (rows, cols, inner))
+
+
+def block_sums(values: Tensor, grid: Tensor, classes: Sequence[Tensor]) -> Tensor:
+    """Sum of ``values`` over each block of the grid."""
+    for axis, index in enumerate(classes):
+        shape = list(values.shape)
+        shape[axis] = grid.shape[axis] + 1
+        values = values.new_zeros(shape).index_add(axis, index.long(), values)
+    return values[tuple(slice(0, size) for size in grid.shape)]
+
+
+def pad_and_sum(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) -> Tensor:
+    """``sum_k alpha_k Pad(crop_k(W))`` as the papers state it: K padded copies."""
+    total = torch.zeros_like(weight)
+    for choice, a in zip(choices, alpha, strict=True):
+        crop, pads = weight, []
+        for axis, (size, full) in enumerate(zip(choice, weight.shape, strict=True)):
+            start = 0 if axis < 2 else (full - size) // 2
+            crop = crop.narrow(axis, start, size)
+            pads = [start, full - size - start, *pads]
+        total = total + a.to(weight.dtype) * torch.nn.functional.pad(crop, pads)
+    return total

@@ -1,0 +1,223 @@
+"""A linear layer whose weight is a mixture of nested slices of one weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from weightshare_kernels import _checks, _collect, _grid
+from weightshare_kernels._register import define
+from weightshare_kernels._select import Axis
+from weightshare_kernels.ops.entangled_linear import reference
+
+_TRITON = "weightshare_kernels.ops.entangled_linear.triton"
+
+_forward = define(
+    "entangled_linear(Tensor x, Tensor weight, Tensor? bias, Tensor grid, Tensor rows, "
+    "Tensor cols) -> Tensor",
+    reference=reference.forward,
+    fake=lambda x, weight, bias, grid, rows, cols: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    triton=f"{_TRITON}:forward",
+)
+_grad_x = define(
+    "entangled_linear_grad_x(Tensor grad, Tensor weight, Tensor grid, Tensor rows, Tensor cols) "
+    "-> Tensor",
+    reference=reference.grad_x,
+    fake=lambda grad, weight, grid, rows, cols: grad.new_empty(
+        (*grad.shape[:-1], weight.shape[1])
+    ),
+    triton=f"{_TRITON}:grad_x",
+)
+_grad_weight_ = define(
+    "entangled_linear_grad_weight_(Tensor(a!) target, Tensor grad, Tensor x, Tensor weight, "
+    "Tensor grid, Tensor rows, Tensor cols, bool accumulate) -> Tensor",
+    reference=reference.grad_weight_,
+    fake=lambda target, grad, x, weight, grid, rows, cols, accumulate: torch.empty_like(grid),
+    triton=f"{_TRITON}:grad_weight_",
+)
+
+
+def entangled_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    choices: Sequence[tuple[int, int]],
+    alpha: Tensor,
+) -> Tensor:
+    """Linear layer of ``sum_k alpha_k Pad(W[:o_k, :i_k])``, bias likewise, without the sum.
+
+    The factors ``C = sum_k alpha_k 1[o < o_k, i < i_k]`` are constant on the blocks of a small
+    grid; kernels scale tiles of W by them inside the product. Nothing of W's size is made in the
+    forward pass, and backward returns dW and every d alpha from one pass.
+
+    Args:
+        x: input ``[..., I]``.
+        weight: shared weight ``[O, I]``.
+        bias: shared bias ``[O]`` or None.
+        choices: K pairs ``(out, in)`` of prefix sizes.
+        alpha: ``[K]`` mixture coefficients.
+
+    Returns:
+        ``[..., O]``; outputs beyond the largest ``out`` are zero.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes, choices or alpha do not fit; names the argument.
+
+    Source: TangleNAS (Sukthanker et al., 2023, arXiv 2312.10440).
+    """
+    _checks.linear_arguments(x, weight, bias)
+    _check_width(x, weight)
+    _grid.check_choices(choices, alpha, weight.shape, ("out", "in"))
+    _checks.same_device("alpha", alpha, "weight", weight)
+    grid = _grid.make_grid(weight.shape, choices, alpha)
+    x, weight, bias = _checks.autocast(x, weight, bias)
+    cells = (grid.membership @ alpha).view(grid.shape)
+    cells = cells.to(_checks.accumulate_dtype(weight.dtype))
+    if bias is not None:
+        outs = _grid.make_grid(weight.shape[:1], [(out,) for out, _ in choices], alpha)
+        bias = bias * _per_element(outs, alpha, bias)
+    collector = None
+    if weight.requires_grad and torch.is_grad_enabled():
+        weight, collector = _collect.collect(weight)
+    return _EntangledLinear.apply(x, weight, bias, cells, *grid.classes, collector)
+
+
+def entangled_linear_independent(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    outs: Sequence[int],
+    alpha_out: Tensor,
+    ins: Sequence[int],
+    alpha_in: Tensor,
+) -> Tensor:
+    """Entangled linear whose output and input sizes are mixed independently.
+
+    The outer product of two mixtures separates: ``diag(u) W diag(v)``. So inputs are scaled by v
+    and outputs by u, and the product runs on W itself.
+
+    Args:
+        x: input ``[..., I]``.
+        weight: shared weight ``[O, I]``.
+        bias: shared bias ``[O]`` or None, mixed by ``alpha_out``.
+        outs: prefix sizes of the output axis.
+        alpha_out: ``[len(outs)]`` coefficients.
+        ins: prefix sizes of the input axis.
+        alpha_in: ``[len(ins)]`` coefficients.
+
+    Returns:
+        ``[..., O]``; outputs beyond the largest ``out`` are zero.
+
+    Raises:
+        TypeError, ValueError: as :func:`entangled_linear`.
+    """
+    _checks.linear_arguments(x, weight, bias)
+    _check_width(x, weight)
+    for name, sizes, alpha, size in (
+        ("out", outs, alpha_out, weight.shape[0]),
+        ("in", ins, alpha_in, weight.shape[1]),
+    ):
+        _grid.check_sizes(name, sizes, alpha, size)
+        _checks.same_device(f"alpha_{name}", alpha, "weight", weight)
+    x, weight, bias = _checks.autocast(x, weight, bias)
+    u = _mixture(outs, alpha_out, weight.shape[0], weight)
+    v = _mixture(ins, alpha_in, weight.shape[1], weight)
+    if bias is not None:
+        bias = bias * u
+    return _ScaledLinear.apply(x, weight, bias, u, v)
+
+
+def _mixture(sizes: Sequence[int], alpha: Tensor, size: int, like: Tensor) -> Tensor:
+    """Factor of every element of an axis, ``sum_k alpha_k [j < size_k]``."""
+    return _per_element(_grid.make_grid((size,), [(s,) for s in sizes], alpha), alpha, like)
+
+
+def _per_element(grid: _grid.Grid, alpha: Tensor, like: Tensor) -> Tensor:
+    factors = torch.nn.functional.pad(grid.membership @ alpha, (0, 1))
+    return factors[grid.classes[0]].to(like.dtype)
+
+
+def _check_width(x: Tensor, weight: Tensor) -> None:
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"x: last dimension is {x.shape[-1]}, but weight has {weight.shape[1]} columns"
+        )
+
+
+class _EntangledLinear(Function):
+    """Autograd of :func:`entangled_linear`; saves x, the shared weight and the small grid."""
+
+    @staticmethod
+    def forward(x, weight, bias, grid, rows, cols, collector):
+        return _forward(x, weight, bias, grid, rows, cols)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, _, grid, rows, cols, collector = inputs
+        ctx.save_for_backward(x, weight, grid, rows, cols)
+        ctx.collected = None if collector is None else (weight, collector)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, grid, rows, cols = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_grid = ctx.needs_input_grad[:4]
+        dx = dw = db = dgrid = None
+        if torch.is_grad_enabled():
+            dx = reference.grad_x(grad, weight, grid, rows, cols)
+            effective = grad.flatten(0, -2).t() @ x.flatten(0, -2)
+            dw = effective * _grid.factors(grid, (rows, cols)).to(effective.dtype)
+            dgrid = reference.block_sums(
+                (effective * weight).to(grid.dtype), grid, (rows, cols)
+            )
+        else:
+            if wants_x:
+                dx = _grad_x(grad, weight, grid, rows, cols)
+            if wants_weight or wants_grid:
+                dw, dgrid = _weight_gradient(ctx, grad, x, weight, grid, rows, cols)
+        if wants_bias:
+            db = grad.flatten(0, -2).sum(0)
+        return dx, dw, db, dgrid, None, None, None
+
+
+def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
+    """Add to the collector's buffer, or return dW where there is none; and d grid."""
+    arguments = (grad, x, weight, grid, rows, cols)
+    if ctx.collected is None or not _collect.wanted(ctx.collected[0]):
+        target = _collect.empty_like(weight)
+        dgrid = _grad_weight_(target, *arguments, False)
+        return (target if ctx.collected is None else None), dgrid
+    routed, collector = ctx.collected
+    every = (Axis(0, weight.shape[0], None), Axis(0, weight.shape[1], None))
+    target, accumulate = collector.target(routed, *every)
+    return None, _grad_weight_(target, *arguments, accumulate)
+
+
+class _ScaledLinear(Function):
+    """``u * (W (v * x)) + bias``; saves x and W, and no scaled copy of either."""
+
+    @staticmethod
+    def forward(x, weight, bias, u, v):
+        y = torch.nn.functional.linear(x * v, weight) * u
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, u, v = inputs
+        ctx.save_for_backward(x, weight, u, v)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, u, v = ctx.saved_tensors
+        scaled = x * v
+        inner = (grad * u) @ weight
+        product = grad.flatten(0, -2).t() @ scaled.flatten(0, -2)
+        return (
+            inner * v,
+            product * u[:, None],
+            grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None,
+            (product * weight).sum(1),
+            (inner * x).flatten(0, -2).sum(0),
+        )
