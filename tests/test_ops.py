@@ -14,13 +14,13 @@ CASES = [
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
-def run(function, inputs, seed=1):
-    """Outputs and gradients of a function, under one random output gradient."""
+def run(function, inputs, dtype=torch.float32, seed=1):
+    """Outputs and gradients of a function, under one random output gradient exact in dtype."""
     wanted = leaves(inputs)
     y = function(**inputs)
     generator = torch.Generator().manual_seed(seed)
-    g = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype)
-    return [y, *torch.autograd.grad(y, wanted, g, materialize_grads=True)]
+    g = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(dtype)
+    return [y, *torch.autograd.grad(y, wanted, g.to(y), materialize_grads=True)]
 
 
 def cast(inputs, dtype):
@@ -44,16 +44,17 @@ def error(got, wanted):
 def test_matches_float64(case, dtype):
     """Our error against float64 is at most twice that of PyTorch in the same dtype."""
     inputs = case.inputs(Maker(dtype, DEVICE))
-    exact = run(case.reference, cast(inputs, torch.float64))
-    torchs = run(case.reference, inputs)
-    ours = run(case.call, inputs)
+    exact = run(case.reference, cast(inputs, torch.float64), dtype)
+    torchs = run(case.reference, inputs, dtype)
+    ours = run(case.call, inputs, dtype)
     names = ["output", *[k for k, v in inputs.items() if torch.is_tensor(v) and v.requires_grad]]
     for name, o, t, e in zip(names, ours, torchs, exact, strict=True):
         assert o.shape == t.shape and o.dtype == t.dtype, name
         assert torch.isfinite(o).all(), name
-        # A few roundings are allowed even where torch is exact by luck; float64 has no better
-        # judge than itself.
-        floor = 1e-13 if dtype == torch.float64 else 4 * torch.finfo(o.dtype).eps
+        # A few roundings are allowed even where torch is exact by luck (sums over a whole layer
+        # cancel, so their error is large against their value); float64 has no better judge than
+        # itself.
+        floor = 1e-13 if dtype == torch.float64 else 8 * torch.finfo(o.dtype).eps
         allowed = max(2 * error(t, e), floor)
         assert error(o, e) <= allowed, f"{name}: {error(o, e):.2e} > {allowed:.2e}"
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from weightshare_kernels import _config, _loader
+from weightshare_kernels import _config, _loader  # noqa: F401  (loads the native libraries)
 
 NAMESPACE = "weightshare"
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
@@ -84,7 +84,3 @@ def backend_of(name: str, device_type: str) -> str:
         return "triton"
     return "cuda" if key == "CUDA" else "cpu"
 
-
-def loaded_libraries() -> dict[str, _loader.Library]:
-    """State of the native libraries."""
-    return _loader.LIBRARIES

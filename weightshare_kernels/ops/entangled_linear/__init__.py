@@ -72,6 +72,8 @@ def entangled_linear(
     _check_width(x, weight)
     _grid.check_choices(choices, alpha, weight.shape, ("out", "in"))
     _checks.same_device("alpha", alpha, "weight", weight)
+    if x.dim() == 1:
+        return entangled_linear(x[None], weight, bias, choices, alpha)[0]
     grid = _grid.make_grid(weight.shape, choices, alpha)
     x, weight, bias = _checks.autocast(x, weight, bias)
     cells = (grid.membership @ alpha).view(grid.shape)
@@ -122,6 +124,9 @@ def entangled_linear_independent(
     ):
         _grid.check_sizes(name, sizes, alpha, size)
         _checks.same_device(f"alpha_{name}", alpha, "weight", weight)
+    if x.dim() == 1:
+        y = entangled_linear_independent(x[None], weight, bias, outs, alpha_out, ins, alpha_in)
+        return y[0]
     x, weight, bias = _checks.autocast(x, weight, bias)
     u = _mixture(outs, alpha_out, weight.shape[0], weight)
     v = _mixture(ins, alpha_in, weight.shape[1], weight)

@@ -78,6 +78,8 @@ def sliced_linear(
             f"x: last dimension is {x.shape[-1]}, but in_={in_!r} selects {cols.length} of "
             f"{weight.shape[1]} columns; slice x or change in_"
         )
+    if x.dim() == 1:
+        return sliced_linear(x[None], weight, bias, out=out, in_=in_)[0]
     x, weight, bias = _checks.autocast(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)

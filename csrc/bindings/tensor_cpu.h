@@ -1,0 +1,154 @@
+// From stable-ABI tensors to the raw pointers that the CPU kernels read, and back.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <array>
+#include <optional>
+#include <vector>
+
+#include "cpu/isa.h"
+
+namespace weightshare {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Calls f with a value of the C++ type of a floating dtype.
+template <class F>
+auto dispatch(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Double:
+      return f(double{});
+    case ScalarType::BFloat16:
+      return f(bfloat16{});
+    case ScalarType::Half:
+      return f(float16{});
+    default:
+      STD_TORCH_CHECK(false, "weightshare: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+inline bool is_low_precision(const Tensor& t) {
+  return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
+}
+
+// [..., n] as contiguous [rows, n]; a copy only where the strides leave no choice.
+inline Tensor rows_of(const Tensor& t) {
+  const int64_t n = t.size(t.dim() - 1);
+  int64_t rows = 1;
+  for (int64_t d = 0; d + 1 < t.dim(); ++d) rows *= t.size(d);
+  Tensor dense = t.is_contiguous() ? t : torch::stable::contiguous(t);
+  return t.dim() == 2 ? dense : torch::stable::view(dense, {rows, n});
+}
+
+// New tensor of the leading sizes of `like` and a last dimension of n.
+inline Tensor with_last(const Tensor& like, int64_t n) {
+  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
+  sizes.back() = n;
+  return torch::stable::new_empty(like, sizes);
+}
+
+// Pointer to an index table, contiguous and within [0, size), or null. It is checked again here,
+// at the price of reading it once, because a traced graph takes tables whose values nobody saw.
+inline const int64_t* table(const MaybeTensor& index, int64_t size, const char* name) {
+  if (!index.has_value()) return nullptr;
+  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->is_contiguous(),
+                  name, ": an index table must be contiguous int64");
+  const auto* values = static_cast<const int64_t*>(index->const_data_ptr());
+  bool inside = true;
+  for (int64_t i = 0; i < index->numel(); ++i) inside &= values[i] >= 0 && values[i] < size;
+  STD_TORCH_CHECK(inside, name, ": an index is outside 0..", size - 1);
+  return values;
+}
+
+template <class T>
+const T* pointer(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+
+template <class T>
+T* mutable_pointer(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class T>
+Matrix<const T> matrix(const Tensor& t, const int64_t* rows = nullptr,
+                       const int64_t* cols = nullptr) {
+  return {pointer<T>(t), t.stride(0), t.stride(1), rows, cols};
+}
+
+template <class T>
+Matrix<T> mutable_matrix(const Tensor& t, const int64_t* rows = nullptr,
+                         const int64_t* cols = nullptr) {
+  return {mutable_pointer<T>(t), t.stride(0), t.stride(1), rows, cols};
+}
+
+// How a product is cut among threads: parts_m x parts_n rectangles.
+struct Cut {
+  int64_t parts_m, parts_n;
+};
+
+inline Cut cut_for(int64_t m, int64_t n, int64_t k) {
+  const double work = static_cast<double>(m) * n * k;
+  int64_t threads = torch::stable::get_num_threads();
+  threads = std::max<int64_t>(1, std::min<int64_t>(threads, static_cast<int64_t>(work / 32768)));
+  Cut best{1, threads};
+  double least = -1;
+  for (int64_t parts = 1; parts <= threads; ++parts) {
+    if (threads % parts != 0) continue;
+    // Every part packs its rows of one operand and its columns of the other.
+    const double packed = static_cast<double>(m) * (threads / parts) + static_cast<double>(n) * parts;
+    if (least < 0 || packed < least) least = packed, best = {parts, threads / parts};
+  }
+  return best;
+}
+
+// Runs a product on all threads. `part` may adapt the product to the part of rows it runs on.
+template <class T, class R, class Part>
+void run(const Product<T, R>& p, Cut cut, const Part& part) {
+  constexpr int64_t kAlign = 32;  // columns of the widest register tile
+  const int64_t columns = (p.n + kAlign - 1) / kAlign;
+  torch::stable::parallel_for(0, cut.parts_m * cut.parts_n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / cut.parts_n, j = task % cut.parts_n;
+      const int64_t n0 = std::min(p.n, columns * j / cut.parts_n * kAlign);
+      const int64_t n1 = std::min(p.n, columns * (j + 1) / cut.parts_n * kAlign);
+      const int64_t m0 = p.m * i / cut.parts_m, m1 = p.m * (i + 1) / cut.parts_m;
+      WS_CHOSEN(product<T, R>)(part(p, i), m0, m1, n0, n1);
+    }
+  });
+}
+
+template <class T, class R>
+void run(const Product<T, R>& p) {
+  run(p, cut_for(p.m, p.n, p.k), [](const Product<T, R>& whole, int64_t) { return whole; });
+}
+
+template <size_t N>
+Tensor call(const char* op, const char* overload, std::array<StableIValue, N> stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher(op, overload, stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// PyTorch's own linear layer, on views as they are.
+inline Tensor library_linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+  using torch::stable::detail::from;
+  return call<3>("aten::linear", "", {from(x), from(weight), from(bias)});
+}
+
+inline Tensor library_matmul(const Tensor& a, const Tensor& b) {
+  return torch::stable::matmul(a, b);
+}
+
+}  // namespace weightshare

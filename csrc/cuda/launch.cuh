@@ -1,0 +1,137 @@
+// What every kernel needs: element types, wide loads, shared memory, warp sums, a launch.
+//
+// Kernels and launchers here compile under nvcc, and under g++ with the headers of
+// tests/cuda_host/include, which run them on the host.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace weightshare::cuda {
+
+constexpr unsigned kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kVectorBytes = 16;        // widest access of one lane
+constexpr int kSharedBytes = 48 * 1024;  // dynamic shared memory a block has without asking
+
+// ---- element types: sums are kept in Sum<T>, double for double, else float ----------------------
+
+template <typename T>
+struct SumOf {
+  using type = float;
+};
+template <>
+struct SumOf<double> {
+  using type = double;
+};
+template <typename T>
+using Sum = typename SumOf<T>::type;
+
+__device__ __forceinline__ float widen(float v) { return v; }
+__device__ __forceinline__ double widen(double v) { return v; }
+__device__ __forceinline__ float widen(__half v) { return __half2float(v); }
+__device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162float(v); }
+
+template <typename T>
+__device__ __forceinline__ T narrow(Sum<T> v) {
+  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
+  else return v;
+}
+
+// ---- wide access --------------------------------------------------------------------------------
+
+template <typename T, int V>
+struct alignas(sizeof(T) * V) Vec {
+  T at[V];
+};
+
+// Load the first `count` of V elements; p is aligned to a whole Vec.
+template <typename T, int V>
+__device__ __forceinline__ Vec<T, V> load(const T* __restrict__ p, int count) {
+  if (count >= V) return *reinterpret_cast<const Vec<T, V>*>(p);
+  Vec<T, V> v = {};
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (i < count) v.at[i] = p[i];
+  return v;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void store(T* __restrict__ p, const Vec<T, V>& v, int count) {
+  if (count >= V) {
+    *reinterpret_cast<Vec<T, V>*>(p) = v;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < V; ++i)
+    if (i < count) p[i] = v.at[i];
+}
+
+template <typename... P>
+bool aligned_to_vectors(const P*... pointers) {
+  return (((reinterpret_cast<uintptr_t>(pointers) % kVectorBytes) == 0) && ...);
+}
+
+// ---- blocks and warps ---------------------------------------------------------------------------
+
+extern __shared__ unsigned char dynamic_shared_bytes alignas(16)[];
+
+template <typename T>
+__device__ __forceinline__ T* dynamic_shared() {
+  return reinterpret_cast<T*>(dynamic_shared_bytes);
+}
+
+// Sum over the warp, the same in every lane, in an order that does not vary.
+template <typename T>
+__device__ __forceinline__ T warp_sum(T v) {
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) v += __shfl_xor_sync(kAllLanes, v, step);
+  return v;
+}
+
+// ---- arithmetic ---------------------------------------------------------------------------------
+
+struct Quotient {
+  int64_t quotient, remainder;
+};
+
+// Division of numbers >= 0, in 32 bits where they fit: 64-bit division is four times as long.
+__host__ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
+  if (((a | b) >> 32) == 0) {
+    const uint32_t q = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
+    return {q, static_cast<uint32_t>(a) - q * static_cast<uint32_t>(b)};
+  }
+  return {a / b, a % b};
+}
+
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+__host__ __device__ constexpr T least(T a, T b) {
+  return a < b ? a : b;
+}
+template <typename T>
+__host__ __device__ constexpr T clamp(T v, T low, T high) {
+  return v < low ? low : (v > high ? high : v);
+}
+
+// ---- launch -------------------------------------------------------------------------------------
+
+// Start a kernel; cudaLaunchKernelEx is a plain template, so the host can stand in for it.
+template <typename... Wanted, typename... Given>
+cudaError_t launch(void (*kernel)(Wanted...), int64_t blocks, int threads, size_t shared,
+                   cudaStream_t stream, Given... arguments) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace weightshare::cuda
