@@ -12,6 +12,7 @@ CASES = [
     for case in cases
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
 
 
 def run(function, inputs, dtype=torch.float32, seed=1):
@@ -54,7 +55,7 @@ def test_matches_float64(case, dtype):
         # A few roundings are allowed even where torch is exact by luck (sums over a whole layer
         # cancel, so their error is large against their value); float64 has no better judge than
         # itself.
-        floor = 1e-13 if dtype == torch.float64 else 8 * torch.finfo(o.dtype).eps
+        floor = {torch.float64: 1e-13, torch.float32: 8 * EPS[torch.float32]}.get(dtype, EPS[dtype])
         allowed = max(2 * error(t, e), floor)
         assert error(o, e) <= allowed, f"{name}: {error(o, e):.2e} > {allowed:.2e}"
 

@@ -80,7 +80,7 @@ def entangled_linear(
     cells = cells.to(_checks.accumulate_dtype(weight.dtype))
     if bias is not None:
         outs = _grid.make_grid(weight.shape[:1], [(out,) for out, _ in choices], alpha)
-        bias = bias * _per_element(outs, alpha, bias)
+        bias = (bias * _per_element(outs, alpha)).to(bias.dtype)
     collector = None
     if weight.requires_grad and torch.is_grad_enabled():
         weight, collector = _collect.collect(weight)
@@ -128,21 +128,21 @@ def entangled_linear_independent(
         y = entangled_linear_independent(x[None], weight, bias, outs, alpha_out, ins, alpha_in)
         return y[0]
     x, weight, bias = _checks.autocast(x, weight, bias)
-    u = _mixture(outs, alpha_out, weight.shape[0], weight)
-    v = _mixture(ins, alpha_in, weight.shape[1], weight)
+    u = _mixture(outs, alpha_out, weight.shape[0])
+    v = _mixture(ins, alpha_in, weight.shape[1])
     if bias is not None:
-        bias = bias * u
-    return _ScaledLinear.apply(x, weight, bias, u, v)
+        bias = (bias * u).to(bias.dtype)
+    return _ScaledLinear.apply(x, weight, bias, u.to(x.dtype), v.to(x.dtype))
 
 
-def _mixture(sizes: Sequence[int], alpha: Tensor, size: int, like: Tensor) -> Tensor:
+def _mixture(sizes: Sequence[int], alpha: Tensor, size: int) -> Tensor:
     """Factor of every element of an axis, ``sum_k alpha_k [j < size_k]``."""
-    return _per_element(_grid.make_grid((size,), [(s,) for s in sizes], alpha), alpha, like)
+    return _per_element(_grid.make_grid((size,), [(s,) for s in sizes], alpha), alpha)
 
 
-def _per_element(grid: _grid.Grid, alpha: Tensor, like: Tensor) -> Tensor:
+def _per_element(grid: _grid.Grid, alpha: Tensor) -> Tensor:
     factors = torch.nn.functional.pad(grid.membership @ alpha, (0, 1))
-    return factors[grid.classes[0]].to(like.dtype)
+    return factors[grid.classes[0]]
 
 
 def _check_width(x: Tensor, weight: Tensor) -> None:
