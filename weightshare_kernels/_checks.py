@@ -40,6 +40,22 @@ def same_kind(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
 
 def linear_arguments(x, weight, bias) -> None:
     """Check the tensors of a linear layer: x ``[..., in]``, weight ``[O, I]``, bias ``[O]``."""
+    # The common case in one expression: it is on the path of every call.
+    try:
+        kind = (x.dtype, x.device)
+        if (
+            kind == (weight.dtype, weight.device)
+            and x.is_floating_point()
+            and x.dim() > 0
+            and weight.dim() == 2
+            and (
+                bias is None
+                or (kind == (bias.dtype, bias.device) and bias.shape == weight.shape[:1])
+            )
+        ):
+            return
+    except AttributeError:  # not a tensor: the checks below say which
+        pass
     tensor("x", x)
     tensor("weight", weight, 2)
     if x.dim() == 0:

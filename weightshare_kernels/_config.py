@@ -25,6 +25,9 @@ TABLE: dict[str, Variable] = {
     "WEIGHTSHARE_CUDA_ARCHS": Variable(
         "80,90a,100a", None, "GPU targets of the CUDA library (read by setup.py)"
     ),
+    "WEIGHTSHARE_GRAD_CACHE_MB": Variable(
+        "1024", None, "most CPU memory of freed gradient buffers kept for the next step; 0: none"
+    ),
     "WEIGHTSHARE_ISA": Variable(
         "auto", ("auto", "avx512", "avx2", "baseline"), "instruction set of the CPU kernels"
     ),

@@ -45,6 +45,8 @@ def select(name: str, spec: Selection, size: int, device: torch.device) -> Axis:
     """
     if spec is None:
         return Axis(0, size, None)
+    if spec.__class__ is int and 0 <= spec <= size:
+        return Axis(0, spec, None)
     if torch.compiler.is_compiling():
         return _make(name, spec, size, device, trusted=True)
     if isinstance(spec, Tensor):

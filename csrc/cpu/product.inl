@@ -128,6 +128,11 @@ inline void read_run(const Matrix<const T>& from, const Sum<T>* scale, const T* 
     }
     return;
   }
+  if (from.cols != nullptr && from.col_stride == 1 && scale == nullptr) {
+    const int64_t* cols = from.cols + c;
+    for (int64_t i = 0; i < n; ++i) to[i] = widen(row[cols[i]]);
+    return;
+  }
   for (int64_t i = 0; i < n; ++i) {
     const Sum<T> value = widen(row[from.col(c + i)]);
     to[i] = scale == nullptr ? value : value * scale[c + i];
@@ -213,7 +218,14 @@ void finish(const Result<T, R>& result, const Sum<T>* sums, int64_t pitch, int64
       if (result.bias != nullptr) v += widen(result.bias[n0 + j]);
       return v;
     };
-    if (plain && !result.accumulate) {
+    if (out.cols != nullptr && out.col_stride == 1 && scale == nullptr && result.bias == nullptr) {
+      const int64_t* cols = out.cols + n0;
+      if (result.accumulate) {
+        for (int64_t j = from; j < n; ++j) to[cols[j]] = narrow<R>(widen(to[cols[j]]) + line[j]);
+      } else {
+        for (int64_t j = from; j < n; ++j) to[cols[j]] = narrow<R>(line[j]);
+      }
+    } else if (plain && !result.accumulate) {
       for (int64_t j = from; j < n; ++j) to[n0 + j] = narrow<R>(value(j));
     } else {
       for (int64_t j = from; j < n; ++j) {

@@ -15,7 +15,7 @@ namespace weightshare::cuda {
 
 constexpr unsigned kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kVectorBytes = 16;        // widest access of one lane
+constexpr int kVectorBytes = 16;         // widest access of one lane
 constexpr int kSharedBytes = 48 * 1024;  // dynamic shared memory a block has without asking
 
 // ---- element types: sums are kept in Sum<T>, double for double, else float ----------------------
@@ -38,9 +38,12 @@ __device__ __forceinline__ float widen(__nv_bfloat16 v) { return __bfloat162floa
 
 template <typename T>
 __device__ __forceinline__ T narrow(Sum<T> v) {
-  if constexpr (std::is_same_v<T, __half>) return __float2half_rn(v);
-  else if constexpr (std::is_same_v<T, __nv_bfloat16>) return __float2bfloat16_rn(v);
-  else return v;
+  if constexpr (std::is_same_v<T, __half>)
+    return __float2half_rn(v);
+  else if constexpr (std::is_same_v<T, __nv_bfloat16>)
+    return __float2bfloat16_rn(v);
+  else
+    return v;
 }
 
 // ---- wide access --------------------------------------------------------------------------------
@@ -50,26 +53,15 @@ struct alignas(sizeof(T) * V) Vec {
   T at[V];
 };
 
-// Load the first `count` of V elements; p is aligned to a whole Vec.
+// Load a vector, or zeros without touching memory; p is aligned to a whole Vec.
 template <typename T, int V>
-__device__ __forceinline__ Vec<T, V> load(const T* __restrict__ p, int count) {
-  if (count >= V) return *reinterpret_cast<const Vec<T, V>*>(p);
-  Vec<T, V> v = {};
-#pragma unroll
-  for (int i = 0; i < V; ++i)
-    if (i < count) v.at[i] = p[i];
-  return v;
+__device__ __forceinline__ Vec<T, V> load_if(bool wanted, const T* __restrict__ p) {
+  return wanted ? *reinterpret_cast<const Vec<T, V>*>(p) : Vec<T, V>{};
 }
 
 template <typename T, int V>
-__device__ __forceinline__ void store(T* __restrict__ p, const Vec<T, V>& v, int count) {
-  if (count >= V) {
-    *reinterpret_cast<Vec<T, V>*>(p) = v;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < V; ++i)
-    if (i < count) p[i] = v.at[i];
+__device__ __forceinline__ void store_if(bool wanted, T* __restrict__ p, const Vec<T, V>& v) {
+  if (wanted) *reinterpret_cast<Vec<T, V>*>(p) = v;
 }
 
 template <typename... P>
@@ -100,14 +92,27 @@ struct Quotient {
   int64_t quotient, remainder;
 };
 
-// Division of numbers >= 0, in 32 bits where they fit: 64-bit division is four times as long.
-__host__ __device__ __forceinline__ Quotient divide(int64_t a, int64_t b) {
-  if (((a | b) >> 32) == 0) {
-    const uint32_t q = static_cast<uint32_t>(a) / static_cast<uint32_t>(b);
-    return {q, static_cast<uint32_t>(a) - q * static_cast<uint32_t>(b)};
+// Divides numbers in 0..2^52 by a number the host knows: a product with its inverse, off by one
+// at most, mended. 64-bit division is a subroutine of a hundred instructions that makes registers
+// spill around it.
+struct Divisor {
+  int64_t value;
+  double inverse;
+
+  Divisor(int64_t v = 1) : value(v), inverse(1.0 / double(v)) {}
+  __device__ __forceinline__ Quotient operator()(int64_t a) const {
+    int64_t q = static_cast<int64_t>(static_cast<double>(a) * inverse);
+    int64_t r = a - q * value;
+    if (r < 0) {
+      --q;
+      r += value;
+    } else if (r >= value) {
+      ++q;
+      r -= value;
+    }
+    return {q, r};
   }
-  return {a / b, a % b};
-}
+};
 
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from weightshare_kernels import _checks, _grid
-from weightshare_kernels._register import define
+from weightshare_kernels._register import applier, define
 from weightshare_kernels.ops.entangle import reference
 
 _TRITON = "weightshare_kernels.ops.entangle.triton"
@@ -62,7 +62,7 @@ def entangle(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) ->
     factors = (grid.membership @ alpha).to(_checks.accumulate_dtype(weight.dtype))
     cells, classes = _three_axes(grid, factors)
     size = [c.shape[0] for c in classes]
-    return _Entangle.apply(weight.reshape(size), cells, *classes).view(weight.shape)
+    return _differentiable(weight.reshape(size), cells, *classes).view(weight.shape)
 
 
 def _three_axes(grid: _grid.Grid, factors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -101,3 +101,6 @@ class _Entangle(Function):
         else:
             dw, dgrid = _backward(grad.contiguous(), weight.contiguous(), grid, *classes)
         return dw, dgrid, None, None, None
+
+
+_differentiable = applier(_Entangle)

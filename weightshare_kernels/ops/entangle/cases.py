@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from weightshare_kernels._cases import Case, Inputs, Maker
+import math
+
+from weightshare_kernels._cases import Case, Inputs, Maker, Workload, leaves
 from weightshare_kernels.ops.entangle import entangle
 from weightshare_kernels.ops.entangle.reference import pad_and_sum
 
@@ -27,4 +29,49 @@ _TESTS = {
 
 CASES = [
     Case(name, _inputs(*arguments), entangle, pad_and_sum) for name, arguments in _TESTS.items()
+]
+
+
+def _clone(inputs: Inputs) -> Workload:
+    """The floor of a pass that reads W once and writes as much: a clone."""
+    weight = inputs["weight"]
+    return Workload(weight.clone, [weight])
+
+
+def _bench(name, shape, choices, bars) -> Case:
+    return Case(
+        name,
+        _inputs(shape, choices),
+        entangle,
+        pad_and_sum,
+        {
+            "clone": _clone,
+            "pad_and_sum": lambda i: Workload(lambda: pad_and_sum(**i), leaves(i)),
+        },
+        flops=math.prod(shape),
+        bytes=lambda itemsize: 2 * itemsize * math.prod(shape),
+        bars=bars,
+        tier="bench",
+    )
+
+
+CASES += [
+    _bench(
+        "conv_256_256_7_7",
+        (256, 256, 7, 7),
+        [(w, w, k, k) for w in (64, 128, 256) for k in (3, 5, 7)],
+        {"clone:forward": 0.5, "pad_and_sum": 25.0},
+    ),
+    _bench(
+        "mobilenet_depthwise_960_7_7",
+        (960, 1, 7, 7),
+        [(w, 1, k, k) for w in (480, 640, 960) for k in (3, 5, 7)],
+        {"pad_and_sum": 1.0},
+    ),
+    _bench(
+        "nanogpt_embedding",
+        (50304, 768),
+        [(50304, d) for d in (384, 576, 768)],
+        {"pad_and_sum": 1.0},
+    ),
 ]

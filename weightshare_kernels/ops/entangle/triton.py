@@ -15,7 +15,7 @@ from torch import Tensor
 from weightshare_kernels import _triton
 
 
-@triton.jit(do_not_specialize=["height", "row_blocks", "col_blocks", "depth_blocks"])
+@triton.jit(do_not_specialize=["height", "row_blocks", "col_blocks", "depth_blocks", "span"])
 def _entangle_kernel(
     values,  # [height, width * depth]: what is scaled: weight forward, its gradient backward
     weight,  # the same | None: the other factor of d grid
@@ -23,12 +23,12 @@ def _entangle_kernel(
     sums,  # [programs, row_blocks * col_blocks * depth_blocks], zeros | None
     grid, bounds, cols, inner,  # factors, first row of each block, block of each column and depth
     height, columns, depth, row_blocks, col_blocks, depth_blocks,
-    SPAN: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr, SUM: tl.constexpr,
+    span, BR: tl.constexpr, BC: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """``out = values * grid[rows, cols, inner]``; with weight, block sums of values * weight."""
     j = tl.program_id(0) * BC + tl.arange(0, BC)
-    top = tl.program_id(1) * SPAN
-    end = tl.minimum(top + SPAN, height)
+    top = tl.program_id(1) * span
+    end = tl.minimum(top + span, height)
     j_ok = j < columns
     col_class = tl.load(cols + j // depth, mask=j_ok, other=col_blocks)
     deep_class = tl.load(inner + j % depth, mask=j_ok, other=depth_blocks)
@@ -74,32 +74,41 @@ def backward(
 
 
 def _run(values, weight, grid, rows, cols, inner) -> tuple[Tensor, Tensor | None]:
+    shape, blocks = values.shape, grid.shape
+    if shape[1] == 1:  # vectors, depthwise: the same as one long row
+        rows, cols, grid = cols, rows, grid.transpose(0, 1)
     values, grid = values.contiguous(), grid.contiguous()
     weight = None if weight is None else weight.contiguous()
     out = torch.empty_like(values)
-    height, width, depth = values.shape
-    columns = width * depth
-    tile = _tile(columns)
-    span = 16 * tile.m
-    programs = (triton.cdiv(columns, tile.n), triton.cdiv(height, span))
+    height, columns = rows.shape[0], cols.shape[0] * shape[2]
+    tile = _tile(height, columns)
+    strips = triton.cdiv(columns, tile.n)
+    # A program's rows share its look-ups, as long as every multiprocessor keeps eight programs.
+    wanted = triton.cdiv(8 * _triton.multiprocessors(values), max(strips, 1))
+    span = tile.m * min(max(height // (tile.m * wanted), 1), 16)
+    programs = (strips, triton.cdiv(height, span))
     sums = None if weight is None else grid.new_zeros(programs[0] * programs[1], grid.numel())
     _triton.launch(
         _entangle_kernel,
         programs,
         (values, weight, out, sums, grid, _triton.bounds(rows, grid.shape[0]), cols, inner,
-         height, columns, depth, *grid.shape, span, tile.m, tile.n,
+         height, columns, shape[2], *grid.shape, span, tile.m, tile.n,
          _triton.triton_dtype(grid.dtype)),
         tile,
     )  # fmt: skip
-    return out, None if sums is None else sums.sum(0).view(grid.shape)
+    if sums is None:
+        return out, None
+    dgrid = sums.sum(0).view(grid.shape)
+    return out, (dgrid.transpose(0, 1) if shape[1] == 1 else dgrid).reshape(blocks)
 
 
-def _tile(columns: int) -> _triton.Tile:
+def _tile(height: int, columns: int) -> _triton.Tile:
     """Strips of up to 1024 columns, 2048 elements a step; narrow weights take more rows."""
     if _triton.interpreted():
-        return _triton.Tile(4, 64, 1)
+        return _triton.Tile(8, 256, 1)
     strip = min(max(triton.next_power_of_2(columns), 16), 1024)
-    return _triton.Tile(2048 // strip, strip, 1, warps=4, stages=1)
+    rows = min(2048 // strip, triton.next_power_of_2(max(height, 1)))
+    return _triton.Tile(rows, strip, 1, warps=4, stages=1)
 
 
 def examples(dtype: torch.dtype) -> list[_triton.Example]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from weightshare_kernels import _checks, _collect, _grid
-from weightshare_kernels._register import define
+from weightshare_kernels import _buffers, _checks, _collect, _grid
+from weightshare_kernels._register import applier, define
 from weightshare_kernels._select import Axis
 from weightshare_kernels.ops.entangled_linear import reference
 
@@ -26,9 +26,7 @@ _grad_x = define(
     "entangled_linear_grad_x(Tensor grad, Tensor weight, Tensor grid, Tensor rows, Tensor cols) "
     "-> Tensor",
     reference=reference.grad_x,
-    fake=lambda grad, weight, grid, rows, cols: grad.new_empty(
-        (*grad.shape[:-1], weight.shape[1])
-    ),
+    fake=lambda grad, weight, grid, rows, cols: grad.new_empty((*grad.shape[:-1], weight.shape[1])),
     triton=f"{_TRITON}:grad_x",
 )
 _grad_weight_ = define(
@@ -84,7 +82,7 @@ def entangled_linear(
     collector = None
     if weight.requires_grad and torch.is_grad_enabled():
         weight, collector = _collect.collect(weight)
-    return _EntangledLinear.apply(x, weight, bias, cells, *grid.classes, collector)
+    return _entangled(x, weight, bias, cells, *grid.classes, collector)
 
 
 def entangled_linear_independent(
@@ -132,7 +130,7 @@ def entangled_linear_independent(
     v = _mixture(ins, alpha_in, weight.shape[1])
     if bias is not None:
         bias = (bias * u).to(bias.dtype)
-    return _ScaledLinear.apply(x, weight, bias, u.to(x.dtype), v.to(x.dtype))
+    return _scaled(x, weight, bias, u.to(x.dtype), v.to(x.dtype))
 
 
 def _mixture(sizes: Sequence[int], alpha: Tensor, size: int) -> Tensor:
@@ -174,9 +172,7 @@ class _EntangledLinear(Function):
             dx = reference.grad_x(grad, weight, grid, rows, cols)
             effective = grad.flatten(0, -2).t() @ x.flatten(0, -2)
             dw = effective * _grid.factors(grid, (rows, cols)).to(effective.dtype)
-            dgrid = reference.block_sums(
-                (effective * weight).to(grid.dtype), grid, (rows, cols)
-            )
+            dgrid = reference.block_sums((effective * weight).to(grid.dtype), grid, (rows, cols))
         else:
             if wants_x:
                 dx = _grad_x(grad, weight, grid, rows, cols)
@@ -187,11 +183,14 @@ class _EntangledLinear(Function):
         return dx, dw, db, dgrid, None, None, None
 
 
+_entangled = applier(_EntangledLinear)
+
+
 def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
     """Add to the collector's buffer, or return dW where there is none; and d grid."""
     arguments = (grad, x, weight, grid, rows, cols)
     if ctx.collected is None or not _collect.wanted(ctx.collected[0]):
-        target = _collect.empty_like(weight)
+        target = _buffers.empty_like(weight)
         dgrid = _grad_weight_(target, *arguments, False)
         return (target if ctx.collected is None else None), dgrid
     routed, collector = ctx.collected
@@ -210,7 +209,7 @@ class _ScaledLinear(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weight, bias, u, v = inputs
+        x, weight, _, u, v = inputs
         ctx.save_for_backward(x, weight, u, v)
 
     @staticmethod
@@ -226,3 +225,6 @@ class _ScaledLinear(Function):
             (product * weight).sum(1),
             (inner * x).flatten(0, -2).sum(0),
         )
+
+
+_scaled = applier(_ScaledLinear)

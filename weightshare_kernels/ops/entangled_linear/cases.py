@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from weightshare_kernels._cases import Case, Inputs, Maker
+from weightshare_kernels import _grid
+from weightshare_kernels._cases import Case, Inputs, Maker, Workload, leaves
 from weightshare_kernels.ops.entangled_linear import (
     entangled_linear,
     entangled_linear_independent,
 )
-from weightshare_kernels.ops.entangled_linear.reference import pad_and_sum
+from weightshare_kernels.ops.entangled_linear.reference import mix, pad_and_sum
 
 
 def _inputs(lead, size, choices, bias=True):
@@ -84,4 +87,65 @@ CASES = [
         entangled_linear_independent,
         independent_reference,
     ),
+]
+
+
+def _workload(call, inputs: Inputs) -> Workload:
+    return Workload(lambda: call(**inputs), leaves(inputs))
+
+
+def dense(inputs: Inputs) -> Workload:
+    """The floor: one linear layer of the largest choice's size, weights of its own."""
+    own = [inputs[k].detach().clone().requires_grad_() for k in ("x", "weight", "bias")]
+    return Workload(lambda: torch.nn.functional.linear(*own), own)
+
+
+def materialised(inputs: Inputs) -> Workload:
+    """``C * W`` by PyTorch from the grid, then ``F.linear``: the algebra without the kernel."""
+
+    def call(x, weight, bias, choices, alpha):
+        grid = _grid.make_grid(weight.shape, choices, alpha)
+        factors = _grid.factors((grid.membership @ alpha).view(grid.shape), grid.classes)
+        bias = mix(bias, [choice[:1] for choice in choices], alpha)
+        return torch.nn.functional.linear(x, weight * factors.to(weight.dtype), bias)
+
+    return _workload(call, inputs)
+
+
+BASELINES = {
+    "dense": dense,
+    "pad_and_sum": lambda inputs: _workload(pad_and_sum, inputs),
+    "materialised": materialised,
+}
+
+
+def _bench(name, lead, size, choices, bars) -> Case:
+    rows = math.prod(lead)
+    return Case(
+        name,
+        _inputs(lead, size, choices),
+        entangled_linear,
+        pad_and_sum,
+        BASELINES,
+        flops=2 * rows * size[0] * size[1],
+        bytes=lambda itemsize: itemsize * (rows * sum(size) + size[0] * size[1]),
+        bars=bars,
+        tier="bench",
+    )
+
+
+_12_COUPLED = grid_choices((768, 1024, 1280, 1536), (512, 1024, 1536))
+_NANOGPT_FC1 = [(ratio * d, d) for d in (384, 576, 768) for ratio in (2, 3, 4)]
+_AUTOFORMER_T_FC1 = [(int(ratio * d), d) for d in (192, 216, 240) for ratio in (3.5, 4)]
+
+CASES += [
+    _bench(
+        "12_choices_512_rows",
+        (512,),
+        (1536, 1536),
+        _12_COUPLED,
+        {"dense": 1 / 1.15, "pad_and_sum": 4.0, "saved": 1.01},
+    ),
+    _bench("nanogpt_fc1", (12, 224), (3072, 768), _NANOGPT_FC1, {"pad_and_sum": 1.0}),
+    _bench("autoformer_t_fc1", (64, 197), (960, 240), _AUTOFORMER_T_FC1, {"pad_and_sum": 1.0}),
 ]

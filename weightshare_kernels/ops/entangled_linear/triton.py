@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weightshare_kernels import _triton
+from weightshare_kernels import _products, _triton
 
 
 def forward(
@@ -17,13 +17,13 @@ def forward(
 ) -> Tensor:
     """``y = x (C * W)^T + bias``; x ``[..., I]``, bias ``[O]`` (already mixed) -> ``[..., O]``."""
     bias = None if bias is None else bias.contiguous()
-    mixture = _triton.Mixture(grid, cols, rows, k_axis=1)
-    return _triton.product(x, weight.t(), bias, mixture=mixture)
+    mixture = _products.Mixture(grid, cols, rows, k_axis=1)
+    return _products.product(x, weight.t(), bias, mixture=mixture)
 
 
 def grad_x(grad: Tensor, weight: Tensor, grid: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
     """``dx = dy (C * W)``; grad ``[..., O]`` -> ``[..., I]``."""
-    return _triton.product(grad, weight, mixture=_triton.Mixture(grid, rows, cols, k_axis=0))
+    return _products.product(grad, weight, mixture=_products.Mixture(grid, rows, cols, k_axis=0))
 
 
 def grad_weight_(
@@ -38,7 +38,7 @@ def grad_weight_(
 ) -> Tensor:
     """``target (+)= C * (dy^T x)`` in place; returns ``d grid``, block sums of ``W * (dy^T x)``."""
     mixture = (weight, grid, rows, cols)
-    return _triton.outer_(target, grad, x, accumulate, mixture=mixture)
+    return _products.outer_(target, grad, x, accumulate, mixture=mixture)
 
 
 def examples(dtype: torch.dtype) -> list[_triton.Example]:
@@ -54,7 +54,7 @@ def examples(dtype: torch.dtype) -> list[_triton.Example]:
     for tokens in (512, 8):
         x = empty(tokens, size)
         flops, moved = 2 * tokens * size * size, e * (size * size + 2 * tokens * size)
-        bound = "memory" if tokens <= _triton.FEW_ROWS else "matrix"
+        bound = "memory" if tokens <= _products.FEW_ROWS else "matrix"
         for name, extra, call in (
             ("forward", 0, lambda x=x: forward(x, weight, None, grid, classes, classes)),
             ("grad_x", 0, lambda x=x: grad_x(x, weight, grid, classes, classes)),

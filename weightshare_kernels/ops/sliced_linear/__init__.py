@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from weightshare_kernels import _checks, _collect
-from weightshare_kernels._register import define
+from weightshare_kernels._register import applier, define
 from weightshare_kernels._select import Axis, Selection, select, take, view
 from weightshare_kernels.ops.sliced_linear import reference
 
@@ -87,11 +87,11 @@ def sliced_linear(
         collector = None
         if weight.requires_grad:
             weight, collector = _collect.collect(weight)
-        return _SlicedLinear.apply(x, weight, bias, rows, cols, collector)
-    return _apply(x, weight, bias, rows, cols)
+        return _differentiable(x, weight, bias, rows, cols, collector)
+    return _compute(x, weight, bias, rows, cols)
 
 
-def _apply(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> Tensor:
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> Tensor:
     if bias is not None:
         bias = take(bias, rows)
     return _forward(x, view(view(weight, 0, rows), 1, cols), bias, rows.index, cols.index)
@@ -102,7 +102,7 @@ class _SlicedLinear(Function):
 
     @staticmethod
     def forward(x, weight, bias, rows, cols, collector):
-        return _apply(x, weight, bias, rows, cols)
+        return _compute(x, weight, bias, rows, cols)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -129,6 +129,9 @@ class _SlicedLinear(Function):
         return dx, dw, db, None, None, None
 
 
+_differentiable = applier(_SlicedLinear)
+
+
 def _weight_gradient(ctx, grad, x, weight, rows: Axis, cols: Axis) -> Tensor | None:
     if ctx.collected is not None:
         routed, collector = ctx.collected
@@ -149,7 +152,9 @@ def _double_differentiable(grad, x, weight, rows: Axis, cols: Axis):
 
 
 def _bias_gradient(grad: Tensor, size: int, rows: Axis) -> Tensor:
-    db = grad.flatten(0, -2).sum(0)
+    db = (grad if grad.dim() == 2 else grad.flatten(0, -2)).sum(0)
     if rows.index is not None:
         return db.new_zeros(size).index_copy(0, rows.index, db)
-    return torch.nn.functional.pad(db, (rows.start, size - rows.start - rows.length))
+    if rows.length == size:
+        return db
+    return torch.constant_pad_nd(db, (rows.start, size - rows.start - rows.length))

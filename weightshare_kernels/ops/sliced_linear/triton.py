@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from weightshare_kernels import _triton
+from weightshare_kernels import _products, _triton
 
 
 def forward(
@@ -20,14 +20,14 @@ def forward(
     if rows is None and cols is None and not _few(x):
         return torch.nn.functional.linear(x, weight, bias)
     bias = None if bias is None else bias.contiguous()
-    return _triton.product(x, weight.t(), bias, k_table=cols, n_table=rows)
+    return _products.product(x, weight.t(), bias, k_table=cols, n_table=rows)
 
 
 def grad_x(grad: Tensor, weight: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     """``dx = dy W[rows][:, cols]``; grad ``[..., out]`` -> ``[..., in]``."""
     if rows is None and cols is None and not _few(grad):
         return grad @ weight
-    return _triton.product(grad, weight, k_table=rows, n_table=cols)
+    return _products.product(grad, weight, k_table=rows, n_table=cols)
 
 
 def grad_weight_(
@@ -40,13 +40,13 @@ def grad_weight_(
 ) -> None:
     """``target[rows][:, cols] (+)= dy^T x``, in place; nothing else of target is touched."""
     if rows is None and cols is None and target.dtype == grad.dtype:
-        target.addmm_(_triton.matrix(grad).t(), _triton.matrix(x), beta=int(accumulate))
+        target.addmm_(_products.matrix(grad).t(), _products.matrix(x), beta=int(accumulate))
     else:  # a table, or a sum kept in fp32 over lower inputs
-        _triton.outer_(target, grad, x, accumulate, (rows, cols))
+        _products.outer_(target, grad, x, accumulate, (rows, cols))
 
 
 def _few(x: Tensor) -> bool:
-    return x.numel() <= _triton.FEW_ROWS * x.shape[-1]
+    return x.numel() <= _products.FEW_ROWS * x.shape[-1]
 
 
 def examples(dtype: torch.dtype) -> list[_triton.Example]:
@@ -62,7 +62,7 @@ def examples(dtype: torch.dtype) -> list[_triton.Example]:
         x, g, narrow = empty(tokens, size), empty(tokens, out), empty(tokens, out)
         flops = 2 * tokens * out * size
         moved = e * (out * size + tokens * (size + out))
-        bound = "memory" if tokens <= _triton.FEW_ROWS else "matrix"
+        bound = "memory" if tokens <= _products.FEW_ROWS else "matrix"
         for name, call in {
             "index rows, forward": lambda x=x: forward(x, weight, None, index, None),
             "index columns, forward": lambda a=narrow: forward(a, weight, None, None, index),

@@ -1,0 +1,70 @@
+"""Gradient buffers on the CPU that stay warm from step to step.
+
+A training step drops its gradients and allocates them again. For the sizes of a weight, malloc
+returns the memory to the system in between, and touching it anew costs a page fault per 4 KB:
+12 ms for a 38 MB buffer that takes 0.5 ms to fill once it is mapped. PyTorch caches device
+memory for this reason, but not host memory; here freed buffers are kept for the next step, up to
+``WEIGHTSHARE_GRAD_CACHE_MB``.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict, deque
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weightshare_kernels import _config
+
+_SMALL = 1 << 18  # bytes; below this malloc keeps memory by itself
+_ALIGN = 64
+_LIMIT = int(_config.get("WEIGHTSHARE_GRAD_CACHE_MB")) << 20
+
+_free: defaultdict[int, deque[np.ndarray]] = defaultdict(deque)
+_leases: dict[int, weakref.ref] = {}
+_kept = 0
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """Uninitialised tensor of the same shape, dtype and, if dense, strides; kept memory if any."""
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < _SMALL or not tensor.is_contiguous():
+        return torch.empty_like(tensor)
+    return torch.from_numpy(_lease(size)).view(tensor.dtype).view(tensor.shape)
+
+
+def kept_bytes() -> int:
+    """Bytes of freed gradient buffers kept for reuse."""
+    return _kept
+
+
+def release() -> None:
+    """Give all kept buffers back to the system."""
+    global _kept
+    _free.clear()
+    _kept = 0
+
+
+def _lease(size: int) -> np.ndarray:
+    """A view of a block; when the last tensor on it dies, the block comes back."""
+    global _kept
+    try:
+        block = _free[size].pop()
+        _kept -= size
+    except IndexError:
+        block = np.empty(size + _ALIGN, dtype=np.uint8)  # numpy asks for huge pages above 4 MB
+    lead = -block.ctypes.data % _ALIGN
+    lease = block[lead : lead + size]
+    key = id(lease)
+    _leases[key] = weakref.ref(lease, lambda _: _return(key, size, block))
+    return lease
+
+
+def _return(key: int, size: int, block: np.ndarray) -> None:
+    global _kept
+    del _leases[key]
+    if _kept + size <= _LIMIT:
+        _free[size].append(block)
+        _kept += size
