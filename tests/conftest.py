@@ -18,6 +18,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     backend = config.getoption("--backend")
     os.environ["WEIGHTSHARE_BACKEND"] = "reference" if backend == "cuda-host" else backend
+    if backend == "cuda-host":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
     if backend == "triton" and not torch.cuda.is_available():

@@ -21,8 +21,14 @@ from weightshare_kernels import _config
 _SMALL = 1 << 18  # bytes; below this malloc keeps memory by itself
 _ALIGN = 64
 _LIMIT = int(_config.get("WEIGHTSHARE_GRAD_CACHE_MB")) << 20
+_NUMPY = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.bfloat16: np.uint16,  # numpy has none; the tensor is viewed as bfloat16
+    torch.float16: np.float16,
+}
 
-_free: defaultdict[int, deque[np.ndarray]] = defaultdict(deque)
+_free: defaultdict[tuple, deque[np.ndarray]] = defaultdict(deque)
 _leases: dict[int, weakref.ref] = {}
 _kept = 0
 
@@ -32,7 +38,8 @@ def empty_like(tensor: Tensor) -> Tensor:
     size = tensor.numel() * tensor.element_size()
     if tensor.device.type != "cpu" or size < _SMALL or not tensor.is_contiguous():
         return torch.empty_like(tensor)
-    return torch.from_numpy(_lease(size)).view(tensor.dtype).view(tensor.shape)
+    lent = torch.from_numpy(_lease(tensor.shape, tensor.dtype, size))
+    return lent.view(torch.bfloat16) if tensor.dtype == torch.bfloat16 else lent
 
 
 def kept_bytes() -> int:
@@ -47,24 +54,26 @@ def release() -> None:
     _kept = 0
 
 
-def _lease(size: int) -> np.ndarray:
+def _lease(shape: torch.Size, dtype: torch.dtype, size: int) -> np.ndarray:
     """A view of a block; when the last tensor on it dies, the block comes back."""
     global _kept
+    kind = (shape, dtype)
     try:
-        block = _free[size].pop()
+        block = _free[kind].pop()
         _kept -= size
     except IndexError:
-        block = np.empty(size + _ALIGN, dtype=np.uint8)  # numpy asks for huge pages above 4 MB
-    lead = -block.ctypes.data % _ALIGN
-    lease = block[lead : lead + size]
+        raw = np.empty(size + _ALIGN, dtype=np.uint8)  # numpy asks for huge pages above 4 MB
+        lead = -raw.ctypes.data % _ALIGN
+        block = raw[lead : lead + size].view(_NUMPY[dtype]).reshape(shape)
+    lease = block[...]
     key = id(lease)
-    _leases[key] = weakref.ref(lease, lambda _: _return(key, size, block))
+    _leases[key] = weakref.ref(lease, lambda _: _return(key, kind, size, block))
     return lease
 
 
-def _return(key: int, size: int, block: np.ndarray) -> None:
+def _return(key: int, kind: tuple, size: int, block: np.ndarray) -> None:
     global _kept
     del _leases[key]
     if _kept + size <= _LIMIT:
-        _free[size].append(block)
+        _free[kind].append(block)
         _kept += size

@@ -18,20 +18,22 @@ Tensor gather(const Tensor& weight, const MaybeTensor& rows, const MaybeTensor& 
   return part;
 }
 
-// Whether the library's product serves: its low-precision kernels use instructions that ours do
-// not, and are worth the copy of a gathered slice; spans cost no copy.
-bool use_library(const Tensor& weight, int64_t rows, bool span) {
-  if (weight.stride(1) != 1 && span) return true;
-  return rows > kFewRows && (span || is_low_precision(weight));
+// Whether the library's product serves. Spans cost it no copy; its low-precision kernels use
+// instructions that ours do not, and are worth the copy of a gathered slice; and picked columns
+// touch nearly every cache line of W, so that one gather beats gathering block by block.
+bool use_library(const Tensor& weight, int64_t m, const MaybeTensor& rows, const MaybeTensor& cols) {
+  const bool span = !rows && !cols;
+  if (cols || (span && weight.stride(1) != 1)) return true;
+  return m > kFewRows && (span || is_low_precision(weight));
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                const MaybeTensor& rows, const MaybeTensor& cols) {
   const int64_t* r = table(rows, weight.size(0), "out");
-  const int64_t* c = table(cols, weight.size(1), "in_");
+  table(cols, weight.size(1), "in_");
   const int64_t n = rows ? rows->numel() : weight.size(0), k = x.size(x.dim() - 1);
   const int64_t m = k == 0 ? 0 : x.numel() / k;
-  if (k == 0 || use_library(weight, m, !rows && !cols)) {
+  if (k == 0 || use_library(weight, m, rows, cols)) {
     return library_linear(x, gather(weight, rows, cols), bias);
   }
   Tensor y = with_last(x, n);
@@ -42,7 +44,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
                                                       : Tensor();
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Product<T> p{m, n, k, matrix<T>(flat), false, matrix<T>(weight, r, c), false};
+    Product<T> p{m, n, k, matrix<T>(flat), false, matrix<T>(weight, r), false};
     p.result.out = mutable_matrix<T>(out);
     p.result.bias = bias ? pointer<T>(shift) : nullptr;
     run(p);
@@ -53,10 +55,10 @@ Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
 Tensor grad_x(const Tensor& grad, const Tensor& weight, const MaybeTensor& rows,
               const MaybeTensor& cols) {
   const int64_t* r = table(rows, weight.size(0), "out");
-  const int64_t* c = table(cols, weight.size(1), "in_");
+  table(cols, weight.size(1), "in_");
   const int64_t n = cols ? cols->numel() : weight.size(1), k = grad.size(grad.dim() - 1);
   const int64_t m = k == 0 ? 0 : grad.numel() / k;
-  if (k == 0 || use_library(weight, m, !rows && !cols)) {
+  if (k == 0 || use_library(weight, m, rows, cols)) {
     return library_matmul(grad, gather(weight, rows, cols));
   }
   Tensor dx = with_last(grad, n);
@@ -64,7 +66,7 @@ Tensor grad_x(const Tensor& grad, const Tensor& weight, const MaybeTensor& rows,
   const Tensor flat = rows_of(grad), out = torch::stable::view(dx, {m, n});
   dispatch(grad.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    Product<T> p{m, n, k, matrix<T>(flat), false, matrix<T>(weight, r, c), true};
+    Product<T> p{m, n, k, matrix<T>(flat), false, matrix<T>(weight, r), true};
     p.result.out = mutable_matrix<T>(out);
     run(p);
   });

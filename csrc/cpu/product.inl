@@ -250,7 +250,8 @@ void product(const Product<T, R>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
   using G = Tile<S>;
   static thread_local Scratch<S> scratch;
   const bool direct = writes_direct(p.result) && p.k > 0;
-  const bool wide = p.b_by_k && (m1 - m0 <= 4 * G::kRows || p.k <= G::kK / G::kWide);
+  const bool wide = p.b_by_k && (m1 - m0 <= 4 * G::kRows || p.k <= G::kK / G::kWide ||
+                                 p.result.out.cols != nullptr);
   const int64_t k_block = wide ? G::kK / G::kWide : G::kK;
   const int64_t n_block = wide ? G::kN * G::kWide : G::kN;
   const int64_t m_block = wide && !direct ? G::kM / G::kWide : G::kM;

@@ -92,9 +92,9 @@ struct Quotient {
   int64_t quotient, remainder;
 };
 
-// Divides numbers in 0..2^52 by a number the host knows: a product with its inverse, off by one
-// at most, mended. 64-bit division is a subroutine of a hundred instructions that makes registers
-// spill around it.
+// Divides numbers in 0..2^52 by a number the host knows: a product with its rounded inverse, which
+// in that range is never too large and at most one too small. 64-bit division is a subroutine of
+// a hundred instructions, and registers spill around it.
 struct Divisor {
   int64_t value;
   double inverse;
@@ -103,10 +103,7 @@ struct Divisor {
   __device__ __forceinline__ Quotient operator()(int64_t a) const {
     int64_t q = static_cast<int64_t>(static_cast<double>(a) * inverse);
     int64_t r = a - q * value;
-    if (r < 0) {
-      --q;
-      r += value;
-    } else if (r >= value) {
+    if (r >= value) {
       ++q;
       r -= value;
     }
