@@ -27,6 +27,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,9 +35,7 @@ from torch.autograd import Function, Variable
 
 from weightshare_kernels._buffers import empty_like
 from weightshare_kernels._register import applier
-from weightshare_kernels._select import Axis, view
-
-_FEW = 1 << 16  # elements; below this one fill is quicker than several of parts
+from weightshare_kernels._select import Axis
 
 
 class Collector:
@@ -48,26 +47,24 @@ class Collector:
         self._weight = weakref.ref(weight)
         self._buffers: dict[int, Tensor] = {}
 
-    def target(self, routed: Tensor, rows: Axis, cols: Axis) -> tuple[Tensor, bool]:
-        """Region that a slice's gradient goes to, and whether to add to what is there.
+    def target(self, routed: Tensor) -> tuple[Tensor, bool]:
+        """Buffer that a use's gradient goes to, and whether to add to what is there.
 
-        Everything outside the slice is zero when this returns. The region is a view for spans;
-        an axis with an index table is left whole, for the kernel to scatter into.
+        Where not, the use writes its slice and zeroes all else.
         """
         direct = self._gradient_in_place(routed) if _in_place else None
         if direct is not None:
-            return _region(direct, rows, cols), True
+            return direct, True
         task = torch._C._current_graph_task_id()
         buffer = self._buffers.get(task)
         if buffer is not None:
             if buffer.dtype.itemsize < 4:  # sums of several slices are kept in fp32
                 buffer = self._buffers[task] = buffer.float()
-            return _region(buffer, rows, cols), True
+            return buffer, True
         buffer = self._buffers[task] = empty_like(routed)
-        _zero_outside(buffer, rows, cols)
         # A pass that stops early must not keep its buffer.
-        Variable._execution_engine.queue_callback(lambda: self._buffers.pop(task, None))
-        return _region(buffer, rows, cols), False
+        Variable._execution_engine.queue_callback(partial(self._buffers.pop, task, None))
+        return buffer, False
 
     def hand_over(self) -> Tensor | None:
         """The finished sum of the running backward pass, or None if no slice added to it."""
@@ -115,11 +112,11 @@ class _Collect(Function):
             return grad, None
         if grad is not None:
             total += grad
-        return total.to(ctx.dtype), None
+        return total if total.dtype == ctx.dtype else total.to(ctx.dtype), None
 
 
 _apply = applier(_Collect)
-_live: dict[int, tuple[weakref.ref, weakref.ref, Collector]] = {}
+_live: dict[int, tuple[weakref.ref, weakref.ref, int, Collector]] = {}
 
 
 def collect(weight: Tensor) -> tuple[Tensor, Collector | None]:
@@ -139,18 +136,22 @@ def collect(weight: Tensor) -> tuple[Tensor, Collector | None]:
     hit = _live.get(key)
     if hit is not None and hit[0]() is weight:
         routed = hit[1]()
+        # An optimizer step or a swap of .data since then ends the sharing: a graph that still
+        # lives must not be joined by uses of other values.
         if (
             routed is not None
+            and hit[2] == weight._version
             and routed.data_ptr() == weight.data_ptr()
             and routed.dtype == weight.dtype
             and routed.shape == weight.shape
         ):
-            return routed, hit[2]
+            return routed, hit[3]
     collector = Collector(weight)
     routed = _apply(weight, collector)
     _live[key] = (
         weakref.ref(weight),
         weakref.ref(routed, lambda ref: _forget(key, ref)),
+        weight._version,
         collector,
     )
     return routed, collector
@@ -160,25 +161,6 @@ def _forget(key: int, ref: weakref.ref) -> None:
     entry = _live.get(key)
     if entry is not None and entry[1] is ref:
         del _live[key]
-
-
-def _region(buffer: Tensor, rows: Axis, cols: Axis) -> Tensor:
-    return view(view(buffer, 0, rows), 1, cols)
-
-
-def _zero_outside(buffer: Tensor, rows: Axis, cols: Axis) -> None:
-    if rows.index is not None or cols.index is not None or buffer.numel() < _FEW:
-        buffer.zero_()
-        return
-    first, last = rows.start, rows.start + rows.length
-    if first > 0:
-        buffer[:first].zero_()
-    if last < buffer.shape[0]:
-        buffer[last:].zero_()
-    if cols.length < buffer.shape[1]:
-        if cols.start > 0:
-            buffer[first:last, : cols.start].zero_()
-        buffer[first:last, cols.start + cols.length :].zero_()
 
 
 _in_place = 0

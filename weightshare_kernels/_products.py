@@ -176,9 +176,9 @@ def _add_parts_kernel(parts, bias, c, size, n, SPLIT: tl.constexpr, BLOCK: tl.co
 def block_sums(values, row_class, col_class, row_blocks, col_blocks, sums):
     """Add up a tile over each block of the grid that it meets; others keep their zero."""
     for r in range(tl.min(row_class, 0), tl.minimum(tl.max(row_class, 0) + 1, row_blocks)):
-        in_row = tl.sum(tl.where((row_class == r)[:, None], values, 0.0), 0)
         for c in range(tl.min(col_class, 0), tl.minimum(tl.max(col_class, 0) + 1, col_blocks)):
-            tl.store(sums + r * col_blocks + c, tl.sum(tl.where(col_class == c, in_row, 0.0), 0))
+            here = (row_class == r)[:, None] & (col_class == c)[None, :]
+            tl.store(sums + r * col_blocks + c, tl.sum(tl.where(here, values, 0.0)))
 
 
 @triton.jit(do_not_specialize=["k", "row_blocks", "col_blocks"])
@@ -258,7 +258,7 @@ def product(
     c = a.new_empty(m, n)
     if not c.numel():
         return c.view(*lead, n)
-    tile = product_tile(m, n, k, a, mixture is not None)
+    tile = product_tile(m, n, k, a, mixture is not None, k_table is not None)
     sums = sum_dtype(a)
     split = tile.split
     out, inner = (c, bias) if split == 1 else (a.new_empty(split, m, n, dtype=sums), None)
@@ -323,20 +323,24 @@ def outer_(
     return None if sums is None else sums.sum(0).view(blocks)
 
 
-def product_tile(m: int, n: int, k: int, like: Tensor, mixed: bool) -> Tile:
+def product_tile(m: int, n: int, k: int, like: Tensor, mixed: bool, gathered: bool) -> Tile:
     """Tile of ``_product_kernel``: tuned for this GPU if known, else by rule.
 
     Few rows are bound by reading b: slim tiles, split over k until every multiprocessor has two.
+    Gathered along k, each element has an address of its own; half the step keeps them in registers.
     """
     if interpreted():
         return Tile(16, 64, 64, split=2) if m <= FEW_ROWS else Tile(64, 64, 64)
-    if m <= FEW_ROWS:
-        step = max(16, 256 // like.element_size())
+    if m > FEW_ROWS:
+        tile = tuned("product_mixed" if mixed else "product", like)
+        tile = tile or _tile_by_rule(m, n, like, mixed)
+    else:
+        step = max(32, 256 // like.element_size())
         tile = tuned("few_rows", like) or Tile(16, 32, step, stages=4)
         tiles = triton.cdiv(n, tile.n)
         split = min(triton.cdiv(2 * multiprocessors(like), tiles), k // (2 * tile.k))
-        return replace(tile, split=max(1, split))
-    return tuned("product_mixed" if mixed else "product", like) or _tile_by_rule(m, n, like, mixed)
+        tile = replace(tile, split=max(1, split))
+    return replace(tile, k=tile.k // 2) if gathered and tile.k > 32 else tile
 
 
 def outer_tile(m: int, n: int, like: Tensor, mixed: bool) -> Tile:

@@ -34,7 +34,14 @@ class Op:
 OPS: dict[str, Op] = {}
 
 
-def define(schema: str, *, reference: Callable, fake: Callable, triton: str | None = None):
+def define(
+    schema: str,
+    *,
+    reference: Callable,
+    fake: Callable,
+    triton: str | None = None,
+    adapt: Callable[[Callable], Callable] = lambda function: function,
+):
     """Register an op and return its bound overload.
 
     Args:
@@ -42,15 +49,17 @@ def define(schema: str, *, reference: Callable, fake: Callable, triton: str | No
         reference: slow, obvious PyTorch; serves every device that has no kernel.
         fake: the same signature on meta tensors; returns outputs without data.
         triton: ``"module:function"`` with the reference's signature, imported only when used.
+        adapt: turns a function of the reference's signature into one of the schema's, where
+            native code takes on what PyTorch code is better given ready-made.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=_TAGS)
-    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, adapt(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     OPS[name] = Op(schema, reference, triton)
     if triton is not None and (key := _triton_key(name)) is not None:
         module, function = triton.split(":")
-        override(name, getattr(importlib.import_module(module), function), key)
+        override(name, adapt(getattr(importlib.import_module(module), function)), key)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 

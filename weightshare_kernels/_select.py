@@ -68,11 +68,6 @@ def view(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
     return tensor.narrow(dim, axis.start, axis.length)
 
 
-def take(tensor: Tensor, axis: Axis) -> Tensor:
-    """Select along dimension 0, by view for a span and by copy for an index table."""
-    return view(tensor, 0, axis) if axis.index is None else tensor[axis.index]
-
-
 def _key(name: str, spec):
     """Hashable form of a selection (a slice is not hashable before Python 3.12)."""
     if isinstance(spec, int):

@@ -82,15 +82,13 @@ T* mutable_pointer(const Tensor& t) {
 }
 
 template <class T>
-Matrix<const T> matrix(const Tensor& t, const int64_t* rows = nullptr,
-                       const int64_t* cols = nullptr) {
-  return {pointer<T>(t), t.stride(0), t.stride(1), rows, cols};
+Matrix<const T> matrix(const Tensor& t) {
+  return {pointer<T>(t), t.stride(0), t.stride(1)};
 }
 
 template <class T>
-Matrix<T> mutable_matrix(const Tensor& t, const int64_t* rows = nullptr,
-                         const int64_t* cols = nullptr) {
-  return {mutable_pointer<T>(t), t.stride(0), t.stride(1), rows, cols};
+Matrix<T> mutable_matrix(const Tensor& t) {
+  return {mutable_pointer<T>(t), t.stride(0), t.stride(1)};
 }
 
 // How a product is cut among threads: parts_m x parts_n rectangles.

@@ -305,3 +305,21 @@ void product(const Product<T, R>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
     }
   }
 }
+
+// to[j - j0] = sum over rows of from(row, j), in blocks of rows so that rounding does not pile up.
+template <class T>
+void sum_columns(const Matrix<const T>& from, int64_t j0, int64_t j1, int64_t rows, Sum<T>* to) {
+  constexpr int64_t kCols = 256, kRows = 128;
+  for (int64_t j = j0; j < j1; j += kCols, to += kCols) {
+    const int64_t n = std::min(kCols, j1 - j);
+    std::fill_n(to, n, Sum<T>{});
+    for (int64_t block = 0; block < rows; block += kRows) {
+      Sum<T> part[kCols] = {};
+      for (int64_t r = block; r < std::min(rows, block + kRows); ++r) {
+        const T* row = from.row(r) + j;
+        for (int64_t c = 0; c < n; ++c) part[c] += widen(row[c]);
+      }
+      for (int64_t c = 0; c < n; ++c) to[c] += part[c];
+    }
+  }
+}

@@ -29,7 +29,7 @@ def block_sums(values: Tensor, grid: Tensor, classes: Sequence[Tensor]) -> Tenso
         shape = list(values.shape)
         shape[axis] = grid.shape[axis] + 1
         values = values.new_zeros(shape).index_add(axis, index.long(), values)
-    return values[tuple(slice(0, size) for size in grid.shape)]
+    return values[tuple(slice(0, size) for size in grid.shape)].contiguous()
 
 
 def pad_and_sum(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from torch.autograd import Function
 
 from weightshare_kernels import _buffers, _checks, _collect, _grid
 from weightshare_kernels._register import applier, define
-from weightshare_kernels._select import Axis
 from weightshare_kernels.ops.entangled_linear import reference
 
 _TRITON = "weightshare_kernels.ops.entangled_linear.triton"
@@ -194,8 +193,7 @@ def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
         dgrid = _grad_weight_(target, *arguments, False)
         return (target if ctx.collected is None else None), dgrid
     routed, collector = ctx.collected
-    every = (Axis(0, weight.shape[0], None), Axis(0, weight.shape[1], None))
-    target, accumulate = collector.target(routed, *every)
+    target, accumulate = collector.target(routed)
     return None, _grad_weight_(target, *arguments, accumulate)
 
 

@@ -8,33 +8,67 @@ from torch.autograd import Function
 
 from weightshare_kernels import _checks, _collect
 from weightshare_kernels._register import applier, define
-from weightshare_kernels._select import Axis, Selection, select, take, view
+from weightshare_kernels._select import Axis, Selection, select, view
 from weightshare_kernels.ops.sliced_linear import reference
 
 _TRITON = "weightshare_kernels.ops.sliced_linear.triton"
 
+# A slice in the schemas: index tables where an axis has one, and spans (start, length).
+_SLICE = "Tensor? rows, Tensor? cols, SymInt row, SymInt out, SymInt col, SymInt in_"
+
+
+def _span(tensor: Tensor, dim: int, index: Tensor | None, start: int, length: int) -> Tensor:
+    return tensor if index is not None else tensor.narrow(dim, start, length)
+
+
+def _on_views(function):
+    """Give a function of (…, weight view, tables) the schema's whole weight and spans."""
+
+    def forward(x, weight, bias, rows, cols, row, out, col, in_):
+        weight = _span(_span(weight, 0, rows, row, out), 1, cols, col, in_)
+        if bias is not None:
+            bias = bias[rows] if rows is not None else bias.narrow(0, row, out)
+        return function(x, weight, bias, rows, cols)
+
+    def grad_x(grad, weight, rows, cols, row, out, col, in_):
+        weight = _span(_span(weight, 0, rows, row, out), 1, cols, col, in_)
+        return function(grad, weight, rows, cols)
+
+    def grad_weight_(buffer, grad, x, rows, cols, row, out, col, in_, accumulate, bias_size):
+        if not accumulate:
+            buffer.zero_()
+        target = _span(_span(buffer, 0, rows, row, out), 1, cols, col, in_)
+        function(target, grad, x, rows, cols, accumulate)
+        return _bias_gradient(grad, Axis(row, out, rows), bias_size)
+
+    return {"forward": forward, "grad_x": grad_x, "grad_weight_": grad_weight_}[function.__name__]
+
+
 _forward = define(
-    "sliced_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? rows, Tensor? cols) -> Tensor",
+    f"sliced_linear(Tensor x, Tensor weight, Tensor? bias, {_SLICE}) -> Tensor",
     reference=reference.forward,
-    fake=lambda x, weight, bias, rows, cols: x.new_empty(
-        (*x.shape[:-1], (weight if rows is None else rows).shape[0])
-    ),
+    fake=lambda x, weight, bias, rows, cols, row, out, col, in_: x.new_empty((*x.shape[:-1], out)),
     triton=f"{_TRITON}:forward",
+    adapt=_on_views,
 )
 _grad_x = define(
-    "sliced_linear_grad_x(Tensor grad, Tensor weight, Tensor? rows, Tensor? cols) -> Tensor",
+    f"sliced_linear_grad_x(Tensor grad, Tensor weight, {_SLICE}) -> Tensor",
     reference=reference.grad_x,
-    fake=lambda grad, weight, rows, cols: grad.new_empty(
-        (*grad.shape[:-1], weight.shape[1] if cols is None else cols.shape[0])
+    fake=lambda grad, weight, rows, cols, row, out, col, in_: grad.new_empty(
+        (*grad.shape[:-1], in_)
     ),
     triton=f"{_TRITON}:grad_x",
+    adapt=_on_views,
 )
 _grad_weight_ = define(
-    "sliced_linear_grad_weight_(Tensor(a!) target, Tensor grad, Tensor x, Tensor? rows, "
-    "Tensor? cols, bool accumulate) -> ()",
+    f"sliced_linear_grad_weight_(Tensor(a!) buffer, Tensor grad, Tensor x, {_SLICE}, "
+    "bool accumulate, SymInt bias_size) -> Tensor",
     reference=reference.grad_weight_,
-    fake=lambda target, grad, x, rows, cols, accumulate: None,
+    fake=lambda buffer, grad, x, rows, cols, row, out, col, in_, accumulate, bias_size: (
+        grad.new_empty(bias_size)
+    ),
     triton=f"{_TRITON}:grad_weight_",
+    adapt=_on_views,
 )
 
 
@@ -88,13 +122,12 @@ def sliced_linear(
         if weight.requires_grad:
             weight, collector = _collect.collect(weight)
         return _differentiable(x, weight, bias, rows, cols, collector)
-    return _compute(x, weight, bias, rows, cols)
+    return _forward(x, weight, bias, *_slice(rows, cols))
 
 
-def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> Tensor:
-    if bias is not None:
-        bias = take(bias, rows)
-    return _forward(x, view(view(weight, 0, rows), 1, cols), bias, rows.index, cols.index)
+def _slice(rows: Axis, cols: Axis) -> tuple:
+    """A slice as the schemas take it."""
+    return rows.index, cols.index, rows.start, rows.length, cols.start, cols.length
 
 
 class _SlicedLinear(Function):
@@ -102,14 +135,14 @@ class _SlicedLinear(Function):
 
     @staticmethod
     def forward(x, weight, bias, rows, cols, collector):
-        return _compute(x, weight, bias, rows, cols)
+        return _forward(x, weight, bias, *_slice(rows, cols))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, rows, cols, collector = inputs
         ctx.save_for_backward(x, weight)
         ctx.axes = rows, cols
-        ctx.bias_size = None if bias is None else bias.shape[0]
+        ctx.bias_size = 0 if bias is None else bias.shape[0]
         # Kept beside the saved tensor, so that the living graphs go on sharing one collector
         # when saved-tensor hooks replace what is saved.
         ctx.collected = None if collector is None else (weight, collector)
@@ -119,28 +152,29 @@ class _SlicedLinear(Function):
         x, weight = ctx.saved_tensors
         rows, cols = ctx.axes
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        dx = dw = db = None
         if torch.is_grad_enabled():
             dx, dw = _double_differentiable(grad, x, weight, rows, cols)
         else:
-            part = view(view(weight, 0, rows), 1, cols)
-            dx = _grad_x(grad, part, rows.index, cols.index) if wants_x else None
-            dw = _weight_gradient(ctx, grad, x, weight, rows, cols) if wants_weight else None
-        db = _bias_gradient(grad, ctx.bias_size, rows) if wants_bias else None
+            if wants_x:
+                dx = _grad_x(grad, weight, *_slice(rows, cols))
+            if wants_weight and ctx.collected is None:
+                dw = _collect.padded(
+                    grad.flatten(0, -2).t() @ x.flatten(0, -2), weight.shape, rows, cols
+                )
+            elif wants_weight and _collect.wanted(ctx.collected[0]):
+                routed, collector = ctx.collected
+                buffer, accumulate = collector.target(routed)
+                size = ctx.bias_size if wants_bias else 0
+                db = _grad_weight_(buffer, grad, x, *_slice(rows, cols), accumulate, size)
+        if not wants_bias:
+            db = None
+        elif db is None:
+            db = _bias_gradient(grad, rows, ctx.bias_size)
         return dx, dw, db, None, None, None
 
 
 _differentiable = applier(_SlicedLinear)
-
-
-def _weight_gradient(ctx, grad, x, weight, rows: Axis, cols: Axis) -> Tensor | None:
-    if ctx.collected is not None:
-        routed, collector = ctx.collected
-        if _collect.wanted(routed):
-            target, accumulate = collector.target(routed, rows, cols)
-            _grad_weight_(target, grad, x, rows.index, cols.index, accumulate)
-        return None
-    dw = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-    return _collect.padded(dw, weight.shape, rows, cols)
 
 
 def _double_differentiable(grad, x, weight, rows: Axis, cols: Axis):
@@ -151,10 +185,11 @@ def _double_differentiable(grad, x, weight, rows: Axis, cols: Axis):
     return dx, _collect.padded(dw, weight.shape, rows, cols)
 
 
-def _bias_gradient(grad: Tensor, size: int, rows: Axis) -> Tensor:
-    db = (grad if grad.dim() == 2 else grad.flatten(0, -2)).sum(0)
+def _bias_gradient(grad: Tensor, rows: Axis, size: int) -> Tensor:
+    """Column sums of grad, put where the bias was taken from; zero elsewhere."""
+    if size == 0:
+        return grad.new_empty(0)
+    db = grad.flatten(0, -2).sum(0)
     if rows.index is not None:
         return db.new_zeros(size).index_copy(0, rows.index, db)
-    if rows.length == size:
-        return db
-    return torch.constant_pad_nd(db, (rows.start, size - rows.start - rows.length))
+    return torch.nn.functional.pad(db, (rows.start, size - rows.start - rows.length))

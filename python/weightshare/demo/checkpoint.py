@@ -1,0 +1,77 @@
+"""Checkpoints that are whole or absent, and never execute what they contain."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT, VERSION = "weightshare-demo", 1
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used; the message says why and what to do."""
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a file so that a crash at any moment leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    if hasattr(os, "O_DIRECTORY"):  # make the new name itself durable, where that is possible
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def save_run(path: Path, settings: dict[str, Any], state: dict[str, Any]) -> None:
+    """Write the state of a run and the settings it belongs to."""
+    save(path, {"format": FORMAT, "version": VERSION, "settings": settings, **state})
+
+
+def load_run(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Read the state of a run that was started with the same settings.
+
+    Raises:
+        CheckpointError: the file is damaged, is something else, or belongs to another run.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds, by how the file is broken
+        raise refused(path, f"cannot be read, it is damaged ({type(error).__name__})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise refused(path, "is not a checkpoint of this demo")
+    absent = {"settings", "phase", "progress", "results"} - state.keys()
+    if absent:
+        raise refused(path, f"lacks {', '.join(sorted(absent))}")
+    if state.get("version") != VERSION:
+        raise refused(path, f"has version {state.get('version')}, this demo reads {VERSION}")
+    theirs = state["settings"]
+    differing = [
+        f"{key} {theirs.get(key)} instead of {value}"
+        for key, value in settings.items()
+        if theirs.get(key) != value
+    ]
+    if differing:
+        raise refused(path, f"was made with other settings: {', '.join(differing)}")
+    return state
+
+
+def refused(path: Path, why: str) -> CheckpointError:
+    """The error for a checkpoint that cannot be used."""
+    return CheckpointError(
+        f"{path} {why}. Start again with --fresh, which replaces it, or give another --out."
+    )
