@@ -1,4 +1,4 @@
-"""Every case of every op: values, gradients, contract. A new op's folder is tested by being there."""
+"""Every case of every op: values, gradients, contract. A new op is tested by its folder."""
 
 import pytest
 import torch

@@ -32,7 +32,8 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 def same_kind(name: str, value: Tensor, like_name: str, like: Tensor) -> None:
     """Require the device, and outside autocast the dtype, of another argument."""
     same_device(name, value, like_name, like)
-    if value.dtype != like.dtype and not torch.is_autocast_enabled(like.device.type):
+    cast = autocasting(like.device.type) and torch.float64 not in (value.dtype, like.dtype)
+    if value.dtype != like.dtype and not cast:
         raise TypeError(
             f"{name}: is {value.dtype}, but {like_name} is {like.dtype}; convert one with .to()"
         )
@@ -71,10 +72,14 @@ def linear_arguments(x, weight, bias) -> None:
             )
 
 
-def autocast(*tensors: Tensor | None) -> list[Tensor | None] | tuple[Tensor | None, ...]:
-    """Cast floating tensors to autocast's dtype where autocast is on for their device."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return [None if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+def autocast(tensor: Tensor) -> Tensor:
+    """Cast to autocast's dtype where autocast is on for the device, except float64."""
+    device = tensor.device.type
+    if not autocasting(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def autocasting(device: str) -> bool:
+    """Tell whether autocast is on for a device type (meta, for one, has none)."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)

@@ -38,6 +38,14 @@ from weightshare_kernels._register import applier
 from weightshare_kernels._select import Axis
 
 
+def transformed() -> bool:
+    """Tell whether a functorch transform or forward-mode differentiation is running."""
+    if torch.compiler.is_compiling():
+        return False
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return forward_mode or torch._C._are_functorch_transforms_active()
+
+
 class Collector:
     """Sums the gradients of all slices of one weight, one buffer per backward pass."""
 
@@ -97,7 +105,9 @@ class _Collect(Function):
 
     @staticmethod
     def forward(weight: Tensor, collector: Collector) -> Tensor:
-        return weight.view_as(weight)
+        # Not a view to autograd: one would not survive a change of the weight in place, and the
+        # last step's loss often lives through the optimizer step and the next forward pass.
+        return weight.detach()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -129,7 +139,7 @@ def collect(weight: Tensor) -> tuple[Tensor, Collector | None]:
     if (
         torch.compiler.is_compiling()
         or type(weight) not in (Tensor, torch.nn.Parameter)
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or transformed()
     ):
         return weight, None
     key = id(weight)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from weightshare_kernels._select import lasting, temporary
+
 
 class Grid(NamedTuple):
     """Blocks of a weight on which the mixture factor is constant."""
@@ -25,6 +27,7 @@ class Grid(NamedTuple):
     classes: tuple[Tensor, ...]  # per axis [size] int32: block of each element, shape[d] = outside
 
 
+_CACHE_SIZE = 1024
 _cache: dict[tuple, Grid] = {}
 
 
@@ -56,11 +59,15 @@ def make_grid(
         centred_from: axes from here on are centre-cropped (spatial), those before are prefixes.
     """
     key = (tuple(shape), tuple(map(tuple, choices)), like.device, like.dtype, centred_from)
+    if torch.compiler.is_compiling() or temporary():
+        return _make(*key)
     grid = _cache.get(key)
-    if grid is None or torch.compiler.is_compiling():
-        grid = _make(*key)
-        if not torch.compiler.is_compiling():
-            _cache[key] = grid
+    if grid is None:
+        with lasting():
+            grid = _make(*key)
+        if len(_cache) >= _CACHE_SIZE:
+            _cache.clear()
+        _cache[key] = grid
     return grid
 
 
@@ -77,6 +84,11 @@ def _make(shape, choices, device, dtype, centred_from) -> Grid:
     ]
     membership = torch.tensor(rows, dtype=dtype, device=device).reshape(-1, len(choices))
     return Grid(tuple(map(len, edges)), membership, tuple(classes))
+
+
+def mixture(grid: Grid, alpha: Tensor) -> Tensor:
+    """Factor of every block, ``membership @ alpha``, written so that autocast leaves it alone."""
+    return (grid.membership * alpha).sum(1)
 
 
 def check_choices(choices, alpha, shape: Sequence[int], axes: Sequence[str]) -> None:

@@ -25,11 +25,11 @@ class Library:
 
 def _load(name: str, wanted: bool, unwanted_because: str) -> Library:
     path = HERE / f"_C_{name}.so"
-    if not path.exists():
-        why = "not built: no compiler at install time, or WEIGHTSHARE_BUILD left it out"
-        return Library(name, None, False, why)
     if not wanted:
-        return Library(name, path, False, unwanted_because)
+        return Library(name, path if path.exists() else None, False, unwanted_because)
+    if not path.exists():
+        why = "not built: no compiler, a failed build, or WEIGHTSHARE_BUILD left it out"
+        return Library(name, None, False, why)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:

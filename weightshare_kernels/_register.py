@@ -32,6 +32,7 @@ class Op:
 
 
 OPS: dict[str, Op] = {}
+_triton_serves: set[tuple[str, str]] = set()  # (op, dispatch key)
 
 
 def define(
@@ -60,6 +61,7 @@ def define(
     if triton is not None and (key := _triton_key(name)) is not None:
         module, function = triton.split(":")
         override(name, adapt(getattr(importlib.import_module(module), function)), key)
+        _triton_serves.add((name, key))
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -105,6 +107,6 @@ def backend_of(name: str, device_type: str) -> str:
     key = device_type.upper()
     if not has_kernel(name, key):
         return "reference"
-    if OPS[name].triton is not None and _triton_key(name) == key:
+    if (name, key) in _triton_serves:
         return "triton"
     return "cuda" if key == "CUDA" else "cpu"

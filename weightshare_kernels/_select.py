@@ -7,14 +7,15 @@ strided view, or an index table. Tables are range-checked once, when they are ma
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Selection = int | slice | Sequence[slice] | Tensor | None
+Selection = int | slice | Sequence[slice] | Tensor | None  # type: ignore[assignment]
 _CACHE_SIZE = 4096
 
 
@@ -43,22 +44,37 @@ def select(name: str, spec: Selection, size: int, device: torch.device) -> Axis:
         TypeError: the selection is of no known kind.
         ValueError: it is out of range or selects an element twice.
     """
-    if spec is None:
+    if isinstance(spec, type(None)):  # not "is": the compiler would fix the bounds of a slice
         return Axis(0, size, None)
-    if spec.__class__ is int and 0 <= spec <= size:
-        return Axis(0, spec, None)
     if torch.compiler.is_compiling():
         return _make(name, spec, size, device, trusted=True)
+    if spec.__class__ is int and 0 <= spec <= size:
+        return Axis(0, spec, None)
     if isinstance(spec, Tensor):
         return _cached_table(name, spec, size, device)
     key = (_key(name, spec), size, device)
+    if temporary():
+        return _make(name, spec, size, device)
     axis = _spans.get(key)
     if axis is None:
-        axis = _make(name, spec, size, device)
+        with lasting():
+            axis = _make(name, spec, size, device)
         if len(_spans) >= _CACHE_SIZE:
             _spans.clear()
         _spans[key] = axis
     return axis
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Make plain tensors, fit for a cache, whatever mode or transform the first use runs in."""
+    with torch.inference_mode(False), torch._C._DisableFuncTorch():
+        yield
+
+
+def temporary() -> bool:
+    """Tell whether a dispatch mode runs: the tensors it makes (fake ones) must not be cached."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def view(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
@@ -73,13 +89,21 @@ def _key(name: str, spec):
     if isinstance(spec, int):
         return spec if not isinstance(spec, bool) else _reject(name, spec)
     if isinstance(spec, slice):
-        return (spec.start, spec.stop, spec.step)
+        return _bounds(name, spec)
     if isinstance(spec, Sequence) and not isinstance(spec, str | bytes):
         for piece in spec:
             if not isinstance(piece, slice):
                 _reject(name, spec)
-        return tuple((piece.start, piece.stop, piece.step) for piece in spec)
+        return tuple(_bounds(name, piece) for piece in spec)
     return _reject(name, spec)
+
+
+def _bounds(name: str, piece: slice) -> tuple:
+    bounds = (piece.start, piece.stop, piece.step)
+    for bound in bounds:
+        if bound is not None and (isinstance(bound, bool) or not isinstance(bound, int)):
+            raise TypeError(f"{name}: {piece} has a bound of type {type(bound).__name__}, not int")
+    return bounds
 
 
 def _reject(name: str, spec):
@@ -105,8 +129,12 @@ def _make(name: str, spec, size: int, device: torch.device, trusted: bool = Fals
     if len(ranges) == 1 and ranges[0][2] == 1:
         start, stop, _ = ranges[0]
         return Axis(start, stop - start, None)
+    if not trusted:
+        chosen = [element for bounds in ranges for element in range(*bounds)]
+        if repeats := len(chosen) - len(set(chosen)):
+            raise ValueError(f"{name}: the slices overlap, {repeats} elements are selected twice")
     index = torch.cat([torch.arange(a, b, step, device=device) for a, b, step in ranges])
-    return index_axis(name, index, size, check=not trusted)
+    return Axis(0, index.shape[0], index)
 
 
 def _range(name: str, piece: slice, size: int) -> tuple[int, int, int]:
@@ -120,6 +148,8 @@ def _range(name: str, piece: slice, size: int) -> tuple[int, int, int]:
         raise ValueError(
             f"{name}: {piece} does not fit 0 <= start <= stop <= {size}, the size of the axis"
         )
+    if stop - start <= step:  # one element or none
+        stop, step = min(stop, start + 1), 1
     return start, stop, step
 
 
@@ -169,6 +199,8 @@ def _table(name: str, spec: Tensor, size: int, device: torch.device, trusted: bo
         )
     if spec.dim() != 1:
         raise ValueError(f"{name}: an index tensor must be 1-D, got shape {tuple(spec.shape)}")
+    if spec.device.type == "meta" and not trusted:
+        raise ValueError(f"{name}: the index tensor is on meta, so its values cannot be checked")
     index = spec.detach().to(device=device, dtype=torch.int64).contiguous()
     if trusted:  # traced: its values are not known, the kernels bound-check every access
         return Axis(0, index.shape[0], index)
@@ -178,12 +210,20 @@ def _table(name: str, spec: Tensor, size: int, device: torch.device, trusted: bo
 
 
 def _cached_table(name: str, spec: Tensor, size: int, device: torch.device) -> Axis:
+    if temporary() or spec.is_inference():  # inference tensors do not tell when they change
+        return _table(name, spec, size, device, trusted=False)
     key = (id(spec), size, device)
     hit = _tables.get(key)
     if hit is not None and hit[0]() is spec and hit[1] == spec._version:
         return hit[2]
-    axis = _table(name, spec, size, device, trusted=False)
-    if len(_tables) >= _CACHE_SIZE:
-        _tables.clear()
-    _tables[key] = (weakref.ref(spec), spec._version, axis)
+    with lasting():
+        axis = _table(name, spec, size, device, trusted=False)
+    forget = weakref.ref(spec, lambda ref: _forget_table(key, ref))
+    _tables[key] = (forget, spec._version, axis)
     return axis
+
+
+def _forget_table(key: tuple, ref: weakref.ref) -> None:
+    entry = _tables.get(key)
+    if entry is not None and entry[0] is ref:
+        del _tables[key]

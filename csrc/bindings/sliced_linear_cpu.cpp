@@ -148,10 +148,17 @@ void weight_gradient(const Tensor& buffer, const Tensor& g, const Tensor& x, con
         accumulate ? 1.0 : 0.0, 1.0));
     return;
   }
+  const bool low = is_low_precision(x) && g.size(0) > kFewRows;
+  const Tensor whole = low ? library_matmul(torch::stable::transpose(g, 0, 1), x) : x;
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     auto store = [&](auto kind) {
       using R = decltype(kind);
+      if (low) {
+        WS_CHOSEN(deposit<T, R>)(matrix<T>(whole), slice.out, slice.in, accumulate,
+                                 slice.write<R>(buffer));
+        return;
+      }
       Product<T, R> p{slice.out, slice.in, g.size(0), matrix<T>(g), true, matrix<T>(x), true};
       p.result.out = slice.write<R>(buffer);
       p.result.accumulate = accumulate;

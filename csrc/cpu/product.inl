@@ -323,3 +323,20 @@ void sum_columns(const Matrix<const T>& from, int64_t j0, int64_t j1, int64_t ro
     }
   }
 }
+
+// to[r, c] (+)= from[r, c], through to's tables.
+template <class T, class R>
+void deposit(Matrix<const T> from, int64_t rows, int64_t cols, bool add, Matrix<R> to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const T* x = from.row(r);
+    R* y = to.row(r);
+    if (to.cols == nullptr && to.col_stride == 1) {
+      for (int64_t c = 0; c < cols; ++c) y[c] = narrow<R>(widen(x[c]) + (add ? widen(y[c]) : 0));
+    } else {
+      for (int64_t c = 0; c < cols; ++c) {
+        R& cell = y[to.col(c)];
+        cell = narrow<R>(widen(x[c]) + (add ? widen(cell) : 0));
+      }
+    }
+  }
+}

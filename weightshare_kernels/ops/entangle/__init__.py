@@ -59,7 +59,7 @@ def entangle(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) ->
     _grid.check_choices(choices, alpha, weight.shape, axes)
     _checks.same_device("alpha", alpha, "weight", weight)
     grid = _grid.make_grid(weight.shape, choices, alpha)
-    factors = (grid.membership @ alpha).to(_checks.accumulate_dtype(weight.dtype))
+    factors = _grid.mixture(grid, alpha).to(_checks.accumulate_dtype(weight.dtype))
     cells, classes = _three_axes(grid, factors)
     size = [c.shape[0] for c in classes]
     return _differentiable(weight.reshape(size), cells, *classes).view(weight.shape)
@@ -84,6 +84,8 @@ def _three_axes(grid: _grid.Grid, factors: Tensor) -> tuple[Tensor, tuple[Tensor
 
 class _Entangle(Function):
     """Autograd of :func:`entangle` on ``[R, C, S]``; saves the weight and the small grid."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(weight, grid, rows, cols, inner):

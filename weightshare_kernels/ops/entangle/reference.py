@@ -36,7 +36,8 @@ def pad_and_sum(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor)
     """``sum_k alpha_k Pad(crop_k(W))`` as the papers state it: K padded copies."""
     total = torch.zeros_like(weight)
     for choice, a in zip(choices, alpha, strict=True):
-        crop, pads = weight, []
+        crop = weight
+        pads: list[int] = []
         for axis, (size, full) in enumerate(zip(choice, weight.shape, strict=True)):
             start = 0 if axis < 2 else (full - size) // 2
             crop = crop.narrow(axis, start, size)

@@ -72,12 +72,12 @@ def entangled_linear(
     if x.dim() == 1:
         return entangled_linear(x[None], weight, bias, choices, alpha)[0]
     grid = _grid.make_grid(weight.shape, choices, alpha)
-    x, weight, bias = _checks.autocast(x, weight, bias)
-    cells = (grid.membership @ alpha).view(grid.shape)
+    x = _checks.autocast(x)  # the weight is cast where it is read: its gradient keeps its dtype
+    cells = _grid.mixture(grid, alpha).view(grid.shape)
     cells = cells.to(_checks.accumulate_dtype(weight.dtype))
     if bias is not None:
         outs = _grid.make_grid(weight.shape[:1], [(out,) for out, _ in choices], alpha)
-        bias = (bias * _per_element(outs, alpha)).to(bias.dtype)
+        bias = (bias * _per_element(outs, alpha)).to(x.dtype)
     collector = None
     if weight.requires_grad and torch.is_grad_enabled():
         weight, collector = _collect.collect(weight)
@@ -124,11 +124,12 @@ def entangled_linear_independent(
     if x.dim() == 1:
         y = entangled_linear_independent(x[None], weight, bias, outs, alpha_out, ins, alpha_in)
         return y[0]
-    x, weight, bias = _checks.autocast(x, weight, bias)
+    x = _checks.autocast(x)
+    weight = weight.to(x.dtype)
     u = _mixture(outs, alpha_out, weight.shape[0])
     v = _mixture(ins, alpha_in, weight.shape[1])
     if bias is not None:
-        bias = (bias * u).to(bias.dtype)
+        bias = (bias * u).to(x.dtype)
     return _scaled(x, weight, bias, u.to(x.dtype), v.to(x.dtype))
 
 
@@ -138,7 +139,7 @@ def _mixture(sizes: Sequence[int], alpha: Tensor, size: int) -> Tensor:
 
 
 def _per_element(grid: _grid.Grid, alpha: Tensor) -> Tensor:
-    factors = torch.nn.functional.pad(grid.membership @ alpha, (0, 1))
+    factors = torch.nn.functional.pad(_grid.mixture(grid, alpha), (0, 1))
     return factors[grid.classes[0]]
 
 
@@ -152,9 +153,11 @@ def _check_width(x: Tensor, weight: Tensor) -> None:
 class _EntangledLinear(Function):
     """Autograd of :func:`entangled_linear`; saves x, the shared weight and the small grid."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x, weight, bias, grid, rows, cols, collector):
-        return _forward(x, weight, bias, grid, rows, cols)
+        return _forward(x, weight.to(x.dtype), bias, grid, rows, cols)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -168,13 +171,13 @@ class _EntangledLinear(Function):
         wants_x, wants_weight, wants_bias, wants_grid = ctx.needs_input_grad[:4]
         dx = dw = db = dgrid = None
         if torch.is_grad_enabled():
-            dx = reference.grad_x(grad, weight, grid, rows, cols)
+            dx = reference.grad_x(grad, weight.to(grad.dtype), grid, rows, cols)
             effective = grad.flatten(0, -2).t() @ x.flatten(0, -2)
             dw = effective * _grid.factors(grid, (rows, cols)).to(effective.dtype)
             dgrid = reference.block_sums((effective * weight).to(grid.dtype), grid, (rows, cols))
         else:
             if wants_x:
-                dx = _grad_x(grad, weight, grid, rows, cols)
+                dx = _grad_x(grad, weight.to(grad.dtype), grid, rows, cols)
             if wants_weight or wants_grid:
                 dw, dgrid = _weight_gradient(ctx, grad, x, weight, grid, rows, cols)
         if wants_bias:
@@ -187,7 +190,7 @@ _entangled = applier(_EntangledLinear)
 
 def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
     """Add to the collector's buffer, or return dW where there is none; and d grid."""
-    arguments = (grad, x, weight, grid, rows, cols)
+    arguments = (grad, x, weight.to(x.dtype), grid, rows, cols)
     if ctx.collected is None or not _collect.wanted(ctx.collected[0]):
         target = _buffers.empty_like(weight)
         dgrid = _grad_weight_(target, *arguments, False)
@@ -199,6 +202,8 @@ def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
 
 class _ScaledLinear(Function):
     """``u * (W (v * x)) + bias``; saves x and W, and no scaled copy of either."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bias, u, v):

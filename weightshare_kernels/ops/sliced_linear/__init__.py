@@ -114,15 +114,16 @@ def sliced_linear(
         )
     if x.dim() == 1:
         return sliced_linear(x[None], weight, bias, out=out, in_=in_)[0]
-    x, weight, bias = _checks.autocast(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    x = _checks.autocast(x)  # the slice is cast where it is read: its gradient keeps its dtype
+    if (
+        torch.is_grad_enabled()
+        and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+    ) or _collect.transformed():
         collector = None
         if weight.requires_grad:
             weight, collector = _collect.collect(weight)
         return _differentiable(x, weight, bias, rows, cols, collector)
-    return _forward(x, weight, bias, *_slice(rows, cols))
+    return _compute(x, weight, bias, rows, cols)
 
 
 def _slice(rows: Axis, cols: Axis) -> tuple:
@@ -130,18 +131,44 @@ def _slice(rows: Axis, cols: Axis) -> tuple:
     return rows.index, cols.index, rows.start, rows.length, cols.start, cols.length
 
 
+def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> Tensor:
+    if bias is not None and bias.dtype != x.dtype:
+        bias = bias.to(x.dtype)
+    return _forward(x, *_as(x.dtype, weight, bias, rows, cols))
+
+
+def _as(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> tuple:
+    """Weight, bias and slice as the schema takes them; under autocast the slice alone is cast."""
+    if weight.dtype != dtype:
+        if rows.index is None and cols.index is None:
+            weight = view(view(weight, 0, rows), 1, cols).to(dtype)
+            bias = None if bias is None else view(bias, 0, rows)
+            rows, cols = Axis(0, rows.length, None), Axis(0, cols.length, None)
+        else:
+            weight = weight.to(dtype)
+    return weight, bias, *_slice(rows, cols)
+
+
 class _SlicedLinear(Function):
-    """Autograd of :func:`sliced_linear`; saves x and the shared weight, no slice of it."""
+    """Autograd of :func:`sliced_linear`; saves x and the shared weight, no slice of it.
+
+    Each is saved only for the other's gradient: a first layer's weight may change before its
+    backward, and a frozen layer keeps no activations.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bias, rows, cols, collector):
-        return _forward(x, weight, bias, *_slice(rows, cols))
+        return _compute(x, weight, bias, rows, cols)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         x, weight, bias, rows, cols, collector = inputs
-        ctx.save_for_backward(x, weight)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         ctx.axes = rows, cols
+        ctx.shape = weight.shape
         ctx.bias_size = 0 if bias is None else bias.shape[0]
         # Kept beside the saved tensor, so that the living graphs go on sharing one collector
         # when saved-tensor hooks replace what is saved.
@@ -150,23 +177,21 @@ class _SlicedLinear(Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
-        rows, cols = ctx.axes
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_gradients(ctx, grad, x, weight)
+        rows, cols = ctx.axes
         dx = dw = db = None
-        if torch.is_grad_enabled():
-            dx, dw = _double_differentiable(grad, x, weight, rows, cols)
-        else:
-            if wants_x:
-                dx = _grad_x(grad, weight, *_slice(rows, cols))
-            if wants_weight and ctx.collected is None:
-                dw = _collect.padded(
-                    grad.flatten(0, -2).t() @ x.flatten(0, -2), weight.shape, rows, cols
-                )
-            elif wants_weight and _collect.wanted(ctx.collected[0]):
-                routed, collector = ctx.collected
-                buffer, accumulate = collector.target(routed)
-                size = ctx.bias_size if wants_bias else 0
-                db = _grad_weight_(buffer, grad, x, *_slice(rows, cols), accumulate, size)
+        if wants_x:
+            weight, _, *part = _as(grad.dtype, weight, None, rows, cols)
+            dx = _grad_x(grad, weight, *part)
+        if wants_weight and ctx.collected is None:
+            dw = _collect.padded(_product(grad, x), ctx.shape, rows, cols)
+        elif wants_weight and _collect.wanted(ctx.collected[0]):
+            routed, collector = ctx.collected
+            buffer, accumulate = collector.target(routed)
+            size = ctx.bias_size if wants_bias else 0
+            db = _grad_weight_(buffer, grad, x, *_slice(rows, cols), accumulate, size)
         if not wants_bias:
             db = None
         elif db is None:
@@ -177,12 +202,22 @@ class _SlicedLinear(Function):
 _differentiable = applier(_SlicedLinear)
 
 
-def _double_differentiable(grad, x, weight, rows: Axis, cols: Axis):
-    """Gradients in terms of differentiable PyTorch, for ``create_graph=True``."""
-    part = view(view(weight, 0, rows), 1, cols)
-    dx = reference.grad_x(grad, part, rows.index, cols.index)
-    dw = grad.flatten(0, -2).t() @ x.flatten(0, -2)
-    return dx, _collect.padded(dw, weight.shape, rows, cols)
+def _differentiable_gradients(ctx, grad, x, weight):
+    """Gradients in terms of differentiable PyTorch, for double backward."""
+    rows, cols = ctx.axes
+    dx = dw = db = None
+    if ctx.needs_input_grad[0]:
+        part = view(view(weight, 0, rows), 1, cols).to(grad.dtype)
+        dx = reference.grad_x(grad, part, rows.index, cols.index)
+    if ctx.needs_input_grad[1]:
+        dw = _collect.padded(_product(grad, x), ctx.shape, rows, cols)
+    if ctx.needs_input_grad[2]:
+        db = _bias_gradient(grad, rows, ctx.bias_size)
+    return dx, dw, db, None, None, None
+
+
+def _product(grad: Tensor, x: Tensor) -> Tensor:
+    return grad.flatten(0, -2).t() @ x.flatten(0, -2)
 
 
 def _bias_gradient(grad: Tensor, rows: Axis, size: int) -> Tensor:
