@@ -74,6 +74,8 @@ def linear_arguments(x, weight, bias) -> None:
 
 def autocast(tensor: Tensor) -> Tensor:
     """Cast to autocast's dtype where autocast is on for the device, except float64."""
+    if not torch._C._is_any_autocast_enabled():
+        return tensor
     device = tensor.device.type
     if not autocasting(device) or tensor.dtype == torch.float64:
         return tensor

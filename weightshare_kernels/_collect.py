@@ -34,16 +34,17 @@ from torch import Tensor
 from torch.autograd import Function, Variable
 
 from weightshare_kernels._buffers import empty_like
-from weightshare_kernels._register import applier
+from weightshare_kernels._register import lean
 from weightshare_kernels._select import Axis
 
 
-def transformed() -> bool:
-    """Tell whether a functorch transform or forward-mode differentiation is running."""
-    if torch.compiler.is_compiling():
-        return False
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    return forward_mode or torch._C._are_functorch_transforms_active()
+def plain() -> bool:
+    """Tell whether this is ordinary eager autograd: no tracing, transform or forward mode."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+    )
 
 
 class Collector:
@@ -125,22 +126,18 @@ class _Collect(Function):
         return total if total.dtype == ctx.dtype else total.to(ctx.dtype), None
 
 
-_apply = applier(_Collect)
+_apply = lean(_Collect)
 _live: dict[int, tuple[weakref.ref, weakref.ref, int, Collector]] = {}
 
 
 def collect(weight: Tensor) -> tuple[Tensor, Collector | None]:
     """Route a weight through its collector, shared by all uses in the living graphs.
 
-    Returns the tensor to differentiate through, which the caller must keep alive as long as its
-    graph, and the collector; or the weight and None where each use must return its own gradient
-    (tracing, transforms, tensor subclasses).
+    For :func:`plain` autograd. Returns the tensor to differentiate through, which the caller must
+    keep alive as long as its graph, and the collector; or the weight and None where it does not
+    require grad or is of a subclass, whose uses return their own gradients.
     """
-    if (
-        torch.compiler.is_compiling()
-        or type(weight) not in (Tensor, torch.nn.Parameter)
-        or transformed()
-    ):
+    if not weight.requires_grad or type(weight) not in (Tensor, torch.nn.Parameter):
         return weight, None
     key = id(weight)
     hit = _live.get(key)

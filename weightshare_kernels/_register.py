@@ -70,19 +70,12 @@ def override(name: str, function: Callable, key: str) -> None:
     _LIBRARY.impl(name, function, key, allow_override=True)
 
 
-def applier(function: type[Function]) -> Callable:
+def lean(function: type[Function]) -> Callable:
     """``function.apply`` without its reflection on default arguments: 17 us a call, not 47.
 
-    Tracing and functorch transforms need the full ``apply`` and get it.
+    For plain eager calls alone: tracing and functorch transforms need the full ``apply``.
     """
-    lean = super(Function, function).apply
-
-    def apply(*arguments):
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return function.apply(*arguments)
-        return lean(*arguments)
-
-    return apply
+    return super(Function, function).apply  # type: ignore[misc]
 
 
 def has_kernel(name: str, key: str) -> bool:

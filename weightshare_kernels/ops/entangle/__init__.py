@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from weightshare_kernels import _checks, _grid
-from weightshare_kernels._register import applier, define
+from weightshare_kernels import _checks, _collect, _grid
+from weightshare_kernels._register import define, lean
 from weightshare_kernels.ops.entangle import reference
 
 _TRITON = "weightshare_kernels.ops.entangle.triton"
@@ -62,7 +62,8 @@ def entangle(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) ->
     factors = _grid.mixture(grid, alpha).to(_checks.accumulate_dtype(weight.dtype))
     cells, classes = _three_axes(grid, factors)
     size = [c.shape[0] for c in classes]
-    return _differentiable(weight.reshape(size), cells, *classes).view(weight.shape)
+    apply = _lean if _collect.plain() else _Entangle.apply
+    return apply(weight.reshape(size), cells, *classes).view(weight.shape)
 
 
 def _three_axes(grid: _grid.Grid, factors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -105,4 +106,4 @@ class _Entangle(Function):
         return dw, dgrid, None, None, None
 
 
-_differentiable = applier(_Entangle)
+_lean = lean(_Entangle)

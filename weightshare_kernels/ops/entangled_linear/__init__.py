@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from weightshare_kernels import _buffers, _checks, _collect, _grid
-from weightshare_kernels._register import applier, define
+from weightshare_kernels._register import define, lean
 from weightshare_kernels.ops.entangled_linear import reference
 
 _TRITON = "weightshare_kernels.ops.entangled_linear.triton"
@@ -78,8 +78,10 @@ def entangled_linear(
     if bias is not None:
         outs = _grid.make_grid(weight.shape[:1], [(out,) for out, _ in choices], alpha)
         bias = (bias * _per_element(outs, alpha)).to(x.dtype)
+    if not _collect.plain():
+        return _EntangledLinear.apply(x, weight, bias, cells, *grid.classes, None)
     collector = None
-    if weight.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         weight, collector = _collect.collect(weight)
     return _entangled(x, weight, bias, cells, *grid.classes, collector)
 
@@ -130,7 +132,8 @@ def entangled_linear_independent(
     v = _mixture(ins, alpha_in, weight.shape[1])
     if bias is not None:
         bias = (bias * u).to(x.dtype)
-    return _scaled(x, weight, bias, u.to(x.dtype), v.to(x.dtype))
+    apply = _scaled if _collect.plain() else _ScaledLinear.apply
+    return apply(x, weight, bias, u.to(x.dtype), v.to(x.dtype))
 
 
 def _mixture(sizes: Sequence[int], alpha: Tensor, size: int) -> Tensor:
@@ -185,7 +188,7 @@ class _EntangledLinear(Function):
         return dx, dw, db, dgrid, None, None, None
 
 
-_entangled = applier(_EntangledLinear)
+_entangled = lean(_EntangledLinear)
 
 
 def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
@@ -230,4 +233,4 @@ class _ScaledLinear(Function):
         )
 
 
-_scaled = applier(_ScaledLinear)
+_scaled = lean(_ScaledLinear)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from weightshare_kernels import _checks, _collect
-from weightshare_kernels._register import applier, define
+from weightshare_kernels._register import define, lean
 from weightshare_kernels._select import Axis, Selection, select, view
 from weightshare_kernels.ops.sliced_linear import reference
 
@@ -115,14 +115,13 @@ def sliced_linear(
     if x.dim() == 1:
         return sliced_linear(x[None], weight, bias, out=out, in_=in_)[0]
     x = _checks.autocast(x)  # the slice is cast where it is read: its gradient keeps its dtype
-    if (
-        torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-    ) or _collect.transformed():
-        collector = None
-        if weight.requires_grad:
-            weight, collector = _collect.collect(weight)
-        return _differentiable(x, weight, bias, rows, cols, collector)
+    if not _collect.plain():
+        return _SlicedLinear.apply(x, weight, bias, rows, cols, None)
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        weight, collector = _collect.collect(weight)
+        return _lean(x, weight, bias, rows, cols, collector)
     return _compute(x, weight, bias, rows, cols)
 
 
@@ -132,21 +131,19 @@ def _slice(rows: Axis, cols: Axis) -> tuple:
 
 
 def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> Tensor:
-    if bias is not None and bias.dtype != x.dtype:
-        bias = bias.to(x.dtype)
+    if weight.dtype == x.dtype:
+        return _forward(x, weight, bias, *_slice(rows, cols))
+    bias = None if bias is None else bias.to(x.dtype)
     return _forward(x, *_as(x.dtype, weight, bias, rows, cols))
 
 
 def _as(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> tuple:
     """Weight, bias and slice as the schema takes them; under autocast the slice alone is cast."""
-    if weight.dtype != dtype:
-        if rows.index is None and cols.index is None:
-            weight = view(view(weight, 0, rows), 1, cols).to(dtype)
-            bias = None if bias is None else view(bias, 0, rows)
-            rows, cols = Axis(0, rows.length, None), Axis(0, cols.length, None)
-        else:
-            weight = weight.to(dtype)
-    return weight, bias, *_slice(rows, cols)
+    if rows.index is None and cols.index is None:
+        weight = view(view(weight, 0, rows), 1, cols)
+        bias = None if bias is None else view(bias, 0, rows)
+        rows, cols = Axis(0, rows.length, None), Axis(0, cols.length, None)
+    return weight.to(dtype), bias, *_slice(rows, cols)
 
 
 class _SlicedLinear(Function):
@@ -181,17 +178,20 @@ class _SlicedLinear(Function):
         if torch.is_grad_enabled():  # create_graph=True
             return _differentiable_gradients(ctx, grad, x, weight)
         rows, cols = ctx.axes
+        part = _slice(rows, cols)
         dx = dw = db = None
-        if wants_x:
-            weight, _, *part = _as(grad.dtype, weight, None, rows, cols)
+        if wants_x and weight.dtype == grad.dtype:
             dx = _grad_x(grad, weight, *part)
+        elif wants_x:
+            weight, _, *cast = _as(grad.dtype, weight, None, rows, cols)
+            dx = _grad_x(grad, weight, *cast)
         if wants_weight and ctx.collected is None:
             dw = _collect.padded(_product(grad, x), ctx.shape, rows, cols)
         elif wants_weight and _collect.wanted(ctx.collected[0]):
             routed, collector = ctx.collected
             buffer, accumulate = collector.target(routed)
             size = ctx.bias_size if wants_bias else 0
-            db = _grad_weight_(buffer, grad, x, *_slice(rows, cols), accumulate, size)
+            db = _grad_weight_(buffer, grad, x, *part, accumulate, size)
         if not wants_bias:
             db = None
         elif db is None:
@@ -199,7 +199,7 @@ class _SlicedLinear(Function):
         return dx, dw, db, None, None, None
 
 
-_differentiable = applier(_SlicedLinear)
+_lean = lean(_SlicedLinear)
 
 
 def _differentiable_gradients(ctx, grad, x, weight):

@@ -19,7 +19,7 @@ def pick(tensor: Tensor, dim: int, spec) -> Tensor:
     if spec is None:
         return tensor
     if isinstance(spec, Tensor):
-        return tensor.index_select(dim, spec.long())
+        return tensor[(slice(None),) * dim + (spec.long(),)]
     pieces = [spec] if isinstance(spec, slice | int) else spec
     pieces = [slice(p) if isinstance(p, int) else p for p in pieces]
     where = [(slice(None),) * dim + (p,) for p in pieces]
@@ -112,6 +112,17 @@ def masked(inputs: Inputs) -> Workload:
     def call(x, weight, bias, out, in_):
         wide = x.new_zeros(*x.shape[:-1], weight.shape[1]).index_copy(-1, cols, x)
         return torch.nn.functional.linear(wide, weight, bias) * mask
+
+    return _workload(call, inputs)
+
+
+def index_select(inputs: Inputs) -> Workload:
+    """Gather with ``index_select``, whose backward is quicker than indexing's."""
+
+    def call(x, weight, bias, out, in_):
+        part = weight if out is None else weight.index_select(0, out)
+        part = part if in_ is None else part.index_select(1, in_)
+        return torch.nn.functional.linear(x, part, None if bias is None else pick(bias, 0, out))
 
     return _workload(call, inputs)
 
