@@ -27,9 +27,12 @@ def test_nothing_outlives_its_graph(large):
     assert not collector._buffers
     loss.backward()
     assert not collector._buffers
-    del loss, collector
+    del loss
     gc.collect()
-    assert id(w) not in _collect._live
+    assert not collector._uses and not collector._waiting
+    key = id(w)
+    del w
+    assert key not in _collect._live
 
 
 def sandwich(w, x, widths):
@@ -48,9 +51,10 @@ def test_failed_backward_does_not_spoil_the_next():
     sum(losses).backward()
     wanted = sum(eager(x[:, :n], w, out=n, in_=n).sin().sum() for n in (40, 20, 10))
     torch.testing.assert_close(w.grad, torch.autograd.grad(wanted, w)[0])
-    del losses
+    collector = _collect._live[id(w)][-1]
+    del losses, wanted
     gc.collect()
-    assert id(w) not in _collect._live
+    assert not collector._uses
 
 
 def test_many_steps_do_not_grow():

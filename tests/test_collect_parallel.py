@@ -100,6 +100,12 @@ def join_group(rank, size, where):
     dist.init_process_group("gloo", init_method=f"file://{where}", rank=rank, world_size=size)
 
 
+def leave_group():
+    """Together: a gloo process that leaves while another still talks to it aborts at exit."""
+    dist.barrier()
+    dist.destroy_process_group()
+
+
 def ddp_worker(rank, where, results):
     torch.set_num_threads(1)
     join_group(rank, 2, where)
@@ -110,7 +116,8 @@ def ddp_worker(rank, where, results):
         (net(half) * 2).backward()  # DDP averages; the loss is a sum
     if rank == 0:
         torch.save(gradients(net.module), results)
-    dist.destroy_process_group()
+    del net
+    leave_group()
 
 
 def fsdp_worker(rank, where, results):
@@ -127,7 +134,8 @@ def fsdp_worker(rank, where, results):
     full = {name: p.grad.full_tensor() for name, p in net.named_parameters()}
     if rank == 0:
         torch.save(full, results)
-    dist.destroy_process_group()
+    del net, full
+    leave_group()
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")

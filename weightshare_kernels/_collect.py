@@ -1,25 +1,25 @@
 """One gradient buffer for all slices of a shared weight.
 
 Autograd gives every use of a slice its own full-size gradient: zeros, a copy, an addition. Here
-all uses of a weight in a graph go through one *collector* node. Each use adds its gradient into
-its slice of one buffer and passes nothing on; autograd runs the collector after all its users,
-and the collector hands the buffer over as the weight's one gradient:
+the uses of a weight within one backward pass share a buffer. Each adds its gradient into its
+slice of it and passes nothing on; the last one to run hands the buffer over:
 
-    W ── collector ─┬─ use 1 (largest subnet)     backward: buffer[:o1, :i1] += g1^T x1
-                    ├─ use 2 (random subnet)                buffer[:o2, :i2] += g2^T x2
-                    └─ use 3 (smallest subnet)              buffer[:o3, :i3] += g3^T x3
-       W.grad <── buffer ──┘ (once)
+    use 1 (largest subnet)     buffer[:o1, :i1] += g1^T x1  ->  None
+    use 2 (random subnet)      buffer[:o2, :i2] += g2^T x2  ->  None
+    use 3 (smallest subnet)    buffer[:o3, :i3] += g3^T x3  ->  buffer, the gradient of W
 
-What follows from that, each pinned by a test:
+Which is the last is no guess: a use asks autograd's engine which of the weight's living uses the
+running pass will execute, and counts them down. What follows, each pinned by a test:
 
 * hooks on W, DDP's reducer and post-accumulate hooks see one full-shape gradient, once;
-* the collector saves nothing, so backward through a retained graph works any number of times;
-* buffers are keyed by autograd's graph task, so nested, concurrent and partial backward passes
-  (activation checkpointing, threads, ``autograd.grad``) never see each other's sums;
+* there is no extra node in the graph and nothing is saved for one, so backward through a
+  retained graph works any number of times;
+* counts and buffers are keyed by autograd's graph task, so nested, concurrent and partial
+  backward passes (activation checkpointing, threads, ``autograd.grad``) never meet;
 * a pass that does not reach W computes nothing for it;
 * ``create_graph=True`` falls back to ordinary differentiable gradients;
-* under ``torch.compile``, functorch transforms and tensor subclasses the collector steps aside:
-  each use returns a padded gradient, which the compiler fuses into one accumulation.
+* under ``torch.compile``, functorch transforms and tensor subclasses each use returns a padded
+  gradient, which the compiler fuses into one accumulation.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, Variable
+from torch.autograd import Variable
 
 from weightshare_kernels._buffers import empty_like
-from weightshare_kernels._register import lean
 from weightshare_kernels._select import Axis
+
+_runs = torch._C._will_engine_execute_node
+_task = torch._C._current_graph_task_id
 
 
 def plain() -> bool:
@@ -48,125 +50,92 @@ def plain() -> bool:
 
 
 class Collector:
-    """Sums the gradients of all slices of one weight, one buffer per backward pass."""
+    """Sums the gradients of all uses of one weight, one buffer per backward pass."""
 
-    __slots__ = ("_buffers", "_weight")
+    __slots__ = ("_buffers", "_uses", "_waiting")
 
-    def __init__(self, weight: Tensor):
-        self._weight = weakref.ref(weight)
+    def __init__(self) -> None:
+        self._uses: set[weakref.ref] = set()
         self._buffers: dict[int, Tensor] = {}
+        self._waiting: dict[int, int] = {}  # uses of the pass that have yet to run
 
-    def target(self, routed: Tensor) -> tuple[Tensor, bool]:
-        """Buffer that a use's gradient goes to, and whether to add to what is there.
+    def join(self, node) -> None:
+        """Count an autograd node among the uses of the weight, as long as it lives."""
+        self._uses.add(weakref.ref(node, self._uses.discard))
 
-        Where not, the use writes its slice and zeroes all else.
+    def open(self, weight: Tensor, accumulator) -> tuple[Tensor, bool]:
+        """Buffer for the gradient of the use that runs now, and whether to add to what is there.
+
+        Where not, the use writes its slice and zeroes all else. ``accumulator`` is the node that
+        the weight's gradient goes to. Follow with :meth:`close`.
         """
-        direct = self._gradient_in_place(routed) if _in_place else None
+        direct = _gradient_in_place(weight, accumulator) if _in_place else None
         if direct is not None:
             return direct, True
-        task = torch._C._current_graph_task_id()
+        task = _task()
         buffer = self._buffers.get(task)
         if buffer is not None:
             if buffer.dtype.itemsize < 4:  # sums of several slices are kept in fp32
                 buffer = self._buffers[task] = buffer.float()
             return buffer, True
-        buffer = self._buffers[task] = empty_like(routed)
-        # A pass that stops early must not keep its buffer.
-        Variable._execution_engine.queue_callback(partial(self._buffers.pop, task, None))
+        self._waiting[task] = sum(1 for use in tuple(self._uses) if _will_run(use()))
+        buffer = self._buffers[task] = empty_like(weight)
+        if self._waiting[task] > 1:  # a pass that stops early must not keep its buffer
+            Variable._execution_engine.queue_callback(partial(self._forget, task))
         return buffer, False
 
-    def hand_over(self) -> Tensor | None:
-        """The finished sum of the running backward pass, or None if no slice added to it."""
-        return self._buffers.pop(torch._C._current_graph_task_id(), None)
-
-    def _gradient_in_place(self, routed: Tensor) -> Tensor | None:
-        """``weight.grad``, made if need be, where this pass would accumulate into it unseen."""
-        weight = self._weight()
-        if weight is None or not weight.is_leaf or weight.dtype.itemsize < 4:
+    def close(self, dtype: torch.dtype) -> Tensor | None:
+        """The finished sum for the last use of the pass; None for the others."""
+        task = _task()
+        if task not in self._waiting:  # summed in place
             return None
-        if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        self._waiting[task] -= 1
+        if self._waiting[task] > 0:
             return None
-        try:
-            if not torch._C._will_engine_execute_node(routed.grad_fn.next_functions[0][0]):
-                return None
-        except RuntimeError:  # autograd.grad captures the gradient instead of accumulating it
-            return None
-        if weight.grad is None:
-            weight.grad = empty_like(weight).zero_()
-        return weight.grad
+        total = self._buffers[task]
+        self._forget(task)
+        return total if total.dtype == dtype else total.to(dtype)
+
+    def _forget(self, task: int) -> None:
+        self._buffers.pop(task, None)
+        self._waiting.pop(task, None)
 
 
-def wanted(routed: Tensor) -> bool:
-    """Tell whether the running backward pass reaches the weight behind ``routed``."""
-    return torch._C._will_engine_execute_node(routed.grad_fn)
+def _will_run(node) -> bool:
+    return node is not None and _runs(node)
 
 
-class _Collect(Function):
-    """Identity on a weight; its backward hands over what the slices have summed."""
-
-    @staticmethod
-    def forward(weight: Tensor, collector: Collector) -> Tensor:
-        # Not a view to autograd: one would not survive a change of the weight in place, and the
-        # last step's loss often lives through the optimizer step and the next forward pass.
-        return weight.detach()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.set_materialize_grads(False)
-        ctx.collector = inputs[1]
-        ctx.dtype = inputs[0].dtype
-
-    @staticmethod
-    def backward(ctx, grad):
-        total = ctx.collector.hand_over()
-        if total is None:
-            return grad, None
-        if grad is not None:
-            total += grad
-        return total if total.dtype == ctx.dtype else total.to(ctx.dtype), None
+def wanted(accumulator) -> bool:
+    """Tell whether the running backward pass asks for the gradient that goes to a node."""
+    try:
+        return _runs(accumulator)
+    except RuntimeError:  # a leaf whose gradient autograd.grad captures
+        return True
 
 
-_apply = lean(_Collect)
-_live: dict[int, tuple[weakref.ref, weakref.ref, int, Collector]] = {}
+_live: dict[int, tuple[weakref.ref, int, Collector]] = {}
 
 
-def collect(weight: Tensor) -> tuple[Tensor, Collector | None]:
-    """Route a weight through its collector, shared by all uses in the living graphs.
+def collect(weight: Tensor) -> Collector | None:
+    """The collector of a weight, for :func:`plain` autograd; None where it can have none.
 
-    For :func:`plain` autograd. Returns the tensor to differentiate through, which the caller must
-    keep alive as long as its graph, and the collector; or the weight and None where it does not
-    require grad or is of a subclass, whose uses return their own gradients.
+    A tensor that is changed in place gets a new one: its gradient then goes elsewhere.
     """
     if not weight.requires_grad or type(weight) not in (Tensor, torch.nn.Parameter):
-        return weight, None
+        return None
     key = id(weight)
+    stamp = 0 if weight.grad_fn is None else weight._version
     hit = _live.get(key)
-    if hit is not None and hit[0]() is weight:
-        routed = hit[1]()
-        # An optimizer step or a swap of .data since then ends the sharing: a graph that still
-        # lives must not be joined by uses of other values.
-        if (
-            routed is not None
-            and hit[2] == weight._version
-            and routed.data_ptr() == weight.data_ptr()
-            and routed.dtype == weight.dtype
-            and routed.shape == weight.shape
-        ):
-            return routed, hit[3]
-    collector = Collector(weight)
-    routed = _apply(weight, collector)
-    _live[key] = (
-        weakref.ref(weight),
-        weakref.ref(routed, lambda ref: _forget(key, ref)),
-        weight._version,
-        collector,
-    )
-    return routed, collector
+    if hit is not None and hit[0]() is weight and hit[1] == stamp:
+        return hit[2]
+    collector = Collector()
+    _live[key] = (weakref.ref(weight, partial(_forget, key)), stamp, collector)
+    return collector
 
 
 def _forget(key: int, ref: weakref.ref) -> None:
     entry = _live.get(key)
-    if entry is not None and entry[1] is ref:
+    if entry is not None and entry[0] is ref:
         del _live[key]
 
 
@@ -194,6 +163,22 @@ def accumulate_in_place() -> Iterator[None]:
         yield
     finally:
         _in_place -= 1
+
+
+def _gradient_in_place(weight: Tensor, accumulator) -> Tensor | None:
+    """``weight.grad``, made if need be, where this pass would accumulate into it unseen."""
+    if not weight.is_leaf or weight.dtype.itemsize < 4:
+        return None
+    if weight._backward_hooks or weight._post_accumulate_grad_hooks:
+        return None
+    try:
+        if not _runs(accumulator):
+            return None
+    except RuntimeError:  # autograd.grad captures the gradient instead of accumulating it
+        return None
+    if weight.grad is None:
+        weight.grad = empty_like(weight).zero_()
+    return weight.grad
 
 
 def padded(grad: Tensor, shape: torch.Size, rows: Axis, cols: Axis) -> Tensor:

@@ -53,9 +53,21 @@ inline Tensor rows_of(const Tensor& t) {
 
 // New tensor of the leading sizes of `like` and a last dimension of n.
 inline Tensor with_last(const Tensor& like, int64_t n) {
-  std::vector<int64_t> sizes(like.sizes().begin(), like.sizes().end());
-  sizes.back() = n;
-  return torch::stable::new_empty(like, sizes);
+  constexpr int64_t kDims = 16;
+  const int64_t dims = like.dim();
+  STD_TORCH_CHECK(dims <= kDims, "expected at most ", kDims, " dimensions, got ", dims);
+  int64_t sizes[kDims], strides[kDims], step = 1;
+  for (int64_t d = dims - 1; d >= 0; --d) {
+    sizes[d] = d == dims - 1 ? n : like.size(d);
+    strides[d] = step;
+    step *= std::max<int64_t>(1, sizes[d]);
+  }
+  int32_t dtype;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  AtenTensorHandle made;  // past the dispatcher's boxing, which costs more than the allocation
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
+      dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  return Tensor(made);
 }
 
 // Pointer to an index table, contiguous and within [0, size), or null. It is checked again here,
@@ -116,6 +128,10 @@ template <class T, class R, class Part>
 void run(const Product<T, R>& p, Cut cut, const Part& part) {
   constexpr int64_t kAlign = 32;  // columns of the widest register tile
   const int64_t columns = (p.n + kAlign - 1) / kAlign;
+  if (cut.parts_m * cut.parts_n == 1) {
+    WS_CHOSEN(product<T, R>)(part(p, 0), 0, p.m, 0, p.n);
+    return;
+  }
   torch::stable::parallel_for(0, cut.parts_m * cut.parts_n, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / cut.parts_n, j = task % cut.parts_n;

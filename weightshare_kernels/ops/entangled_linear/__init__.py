@@ -80,9 +80,7 @@ def entangled_linear(
         bias = (bias * _per_element(outs, alpha)).to(x.dtype)
     if not _collect.plain():
         return _EntangledLinear.apply(x, weight, bias, cells, *grid.classes, None)
-    collector = None
-    if torch.is_grad_enabled():
-        weight, collector = _collect.collect(weight)
+    collector = _collect.collect(weight) if torch.is_grad_enabled() else None
     return _entangled(x, weight, bias, cells, *grid.classes, collector)
 
 
@@ -166,7 +164,10 @@ class _EntangledLinear(Function):
     def setup_context(ctx, inputs, output):
         x, weight, _, grid, rows, cols, collector = inputs
         ctx.save_for_backward(x, weight, grid, rows, cols)
-        ctx.collected = None if collector is None else (weight, collector)
+        ctx.weight = weight  # for its shape and its .grad; the values come from what is saved
+        ctx.collector = collector
+        if collector is not None:
+            collector.join(ctx)
 
     @staticmethod
     def backward(ctx, grad):
@@ -192,15 +193,16 @@ _entangled = lean(_EntangledLinear)
 
 
 def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
-    """Add to the collector's buffer, or return dW where there is none; and d grid."""
+    """Gradient of W, through its collector where there is one, and of the grid."""
     arguments = (grad, x, weight.to(x.dtype), grid, rows, cols)
-    if ctx.collected is None or not _collect.wanted(ctx.collected[0]):
+    accumulator = ctx.next_functions[1][0]
+    if ctx.collector is None or not _collect.wanted(accumulator):
         target = _buffers.empty_like(weight)
-        dgrid = _grad_weight_(target, *arguments, False)
-        return (target if ctx.collected is None else None), dgrid
-    routed, collector = ctx.collected
-    target, accumulate = collector.target(routed)
-    return None, _grad_weight_(target, *arguments, accumulate)
+        return target, _grad_weight_(target, *arguments, False)
+    target, accumulate = ctx.collector.open(ctx.weight, accumulator)
+    dgrid = _grad_weight_(target, *arguments, accumulate)
+    del target  # autograd takes a gradient over as it is only from its sole owner
+    return ctx.collector.close(ctx.weight.dtype), dgrid
 
 
 class _ScaledLinear(Function):

@@ -120,8 +120,7 @@ def sliced_linear(
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        weight, collector = _collect.collect(weight)
-        return _lean(x, weight, bias, rows, cols, collector)
+        return _lean(x, weight, bias, rows, cols, _collect.collect(weight))
     return _compute(x, weight, bias, rows, cols)
 
 
@@ -165,11 +164,11 @@ class _SlicedLinear(Function):
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
         ctx.axes = rows, cols
-        ctx.shape = weight.shape
         ctx.bias_size = 0 if bias is None else bias.shape[0]
-        # Kept beside the saved tensor, so that the living graphs go on sharing one collector
-        # when saved-tensor hooks replace what is saved.
-        ctx.collected = None if collector is None else (weight, collector)
+        ctx.weight = weight  # for its shape and its .grad; the values come from what is saved
+        ctx.collector = collector
+        if collector is not None:
+            collector.join(ctx)
 
     @staticmethod
     def backward(ctx, grad):
@@ -185,13 +184,14 @@ class _SlicedLinear(Function):
         elif wants_x:
             weight, _, *cast = _as(grad.dtype, weight, None, rows, cols)
             dx = _grad_x(grad, weight, *cast)
-        if wants_weight and ctx.collected is None:
-            dw = _collect.padded(_product(grad, x), ctx.shape, rows, cols)
-        elif wants_weight and _collect.wanted(ctx.collected[0]):
-            routed, collector = ctx.collected
-            buffer, accumulate = collector.target(routed)
+        if wants_weight and ctx.collector is None:
+            dw = _collect.padded(_product(grad, x), ctx.weight.shape, rows, cols)
+        elif wants_weight and _collect.wanted(accumulator := ctx.next_functions[1][0]):
+            buffer, accumulate = ctx.collector.open(ctx.weight, accumulator)
             size = ctx.bias_size if wants_bias else 0
             db = _grad_weight_(buffer, grad, x, *part, accumulate, size)
+            del buffer  # autograd takes a gradient over as it is only from its sole owner
+            dw = ctx.collector.close(ctx.weight.dtype)
         if not wants_bias:
             db = None
         elif db is None:
@@ -210,7 +210,7 @@ def _differentiable_gradients(ctx, grad, x, weight):
         part = view(view(weight, 0, rows), 1, cols).to(grad.dtype)
         dx = reference.grad_x(grad, part, rows.index, cols.index)
     if ctx.needs_input_grad[1]:
-        dw = _collect.padded(_product(grad, x), ctx.shape, rows, cols)
+        dw = _collect.padded(_product(grad, x), ctx.weight.shape, rows, cols)
     if ctx.needs_input_grad[2]:
         db = _bias_gradient(grad, rows, ctx.bias_size)
     return dx, dw, db, None, None, None
