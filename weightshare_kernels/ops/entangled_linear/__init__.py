@@ -195,8 +195,7 @@ _entangled = lean(_EntangledLinear)
 def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
     """Gradient of W, through its collector where there is one, and of the grid."""
     arguments = (grad, x, weight.to(x.dtype), grid, rows, cols)
-    accumulator = ctx.next_functions[1][0]
-    if ctx.collector is None or not _collect.wanted(accumulator):
+    if ctx.collector is None or not _collect.wanted(accumulator := ctx.next_functions[1][0]):
         target = _buffers.empty_like(weight)
         return target, _grad_weight_(target, *arguments, False)
     target, accumulate = ctx.collector.open(ctx.weight, accumulator)
