@@ -29,7 +29,7 @@ class Settings:
     steps: int = 1000
     search_steps: int = 600
     batch: int = 64
-    widths: tuple[int, ...] = (16, 24, 32, 48, 64, 96, 128, 192, 256)
+    widths: tuple[int, ...] = (32, 48, 64, 96, 128, 192, 256, 384, 512)
     depths: tuple[int, ...] = (1, 2, 3)
     lr: float = 2e-3
     alpha_lr: float = 0.02
