@@ -10,6 +10,7 @@ al., 2023, materialises the K padded copies instead.)
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -25,10 +26,12 @@ class Grid(NamedTuple):
     shape: tuple[int, ...]  # blocks per axis
     membership: Tensor  # [blocks, K]: 1 where choice k covers the block
     classes: tuple[Tensor, ...]  # per axis [size] int32: block of each element, shape[d] = outside
+    folded: tuple[Tensor, Tensor, Tensor]  # the same for (rows, columns, all further axes as one)
 
 
 _CACHE_SIZE = 1024
 _cache: dict[tuple, Grid] = {}
+_checked: set[tuple] = set()
 
 
 def prefix_classes(size: int, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
@@ -83,7 +86,21 @@ def _make(shape, choices, device, dtype, centred_from) -> Grid:
         for block in itertools.product(*edges)
     ]
     membership = torch.tensor(rows, dtype=dtype, device=device).reshape(-1, len(choices))
-    return Grid(tuple(map(len, edges)), membership, tuple(classes))
+    blocks = tuple(map(len, edges))
+    return Grid(blocks, membership, tuple(classes), _fold(blocks, classes))
+
+
+def _fold(blocks: Sequence[int], classes: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Classes of a weight seen as [rows, columns, inner]; an axis it lacks has one element."""
+    one = classes[0].new_zeros(1)
+    inner = one
+    for count, axis in zip(blocks[2:], classes[2:], strict=True):
+        # A block index of the folded axis; "outside" in any axis is outside in all.
+        outside = (inner < 0)[:, None] | (axis == count)[None, :]
+        inner = torch.where(outside, -1, inner[:, None] * count + axis[None, :]).flatten()
+    cells = math.prod(blocks[2:])
+    inner = torch.where(inner < 0, cells, inner).to(torch.int32)
+    return classes[0], classes[1] if len(classes) > 1 else one, inner
 
 
 def mixture(grid: Grid, alpha: Tensor) -> Tensor:
@@ -93,6 +110,9 @@ def mixture(grid: Grid, alpha: Tensor) -> Tensor:
 
 def check_choices(choices, alpha, shape: Sequence[int], axes: Sequence[str]) -> None:
     """Raise TypeError or ValueError, naming the argument, unless choices and alpha fit."""
+    if _known(choices, shape):
+        check_alpha("alpha", alpha, len(choices))
+        return
     if not isinstance(choices, Sequence) or isinstance(choices, str):
         raise TypeError(f"choices: expected a sequence of {_form(axes)}, got {choices!r}")
     if not choices:
@@ -105,6 +125,20 @@ def check_choices(choices, alpha, shape: Sequence[int], axes: Sequence[str]) -> 
         for axis, value, size in zip(axes, choice, shape, strict=True):
             check_size(f"choices[{number}]: {axis}", value, size)
     check_alpha("alpha", alpha, len(choices))
+    if len(_checked) >= _CACHE_SIZE:
+        _checked.clear()
+    _checked.add((tuple(shape), tuple(map(tuple, choices))))
+
+
+def _known(choices, shape: Sequence[int]) -> bool:
+    """Tell whether these very choices have been checked; a float equal to an int is not one."""
+    if torch.compiler.is_compiling():
+        return False
+    try:
+        key = (tuple(shape), tuple(map(tuple, choices)))
+        return key in _checked and all(type(v) is int for choice in key[1] for v in choice)
+    except TypeError:  # no sequence of sequences: the checks say what it is
+        return False
 
 
 def check_sizes(axis: str, sizes, alpha, size: int) -> None:

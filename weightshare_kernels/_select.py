@@ -24,7 +24,7 @@ class Axis(NamedTuple):
 
     start: int
     length: int
-    index: Tensor | None  # [length] int64, on the weight's device
+    index: Tensor | None  # type: ignore[assignment]  # [length] int64, on the weight's device
 
 
 _spans: dict[tuple, Axis] = {}
@@ -119,7 +119,7 @@ def _make(name: str, spec, size: int, device: torch.device, trusted: bool = Fals
     if isinstance(spec, int | torch.SymInt) and not isinstance(spec, bool):
         if not 0 <= spec <= size:
             raise ValueError(f"{name}: prefix {spec} is outside 0..{size}, the size of the axis")
-        return Axis(0, spec, None)
+        return Axis(0, spec, None)  # type: ignore[arg-type]  # symbolic in a trace
     if not trusted:
         _key(name, spec)
     pieces = [spec] if isinstance(spec, slice) else list(spec)

@@ -7,7 +7,7 @@ namespace {
 // A contiguous weight [rows, 1, 1] is one line just as well, and passes run along lines.
 template <class S>
 Blocks<S> laid_down(Blocks<S> b) {
-  if (b.width() == 1 && b.col_blocks * b.inner_blocks == 1 && b.cell(0) == 0) {
+  if (b.width() == 1 && b.cells() == 1 && b.cells_of_line()[0] == 0) {
     static const int32_t kFirst = 0;
     b.cols = std::exchange(b.rows, 1);
     b.col_blocks = std::exchange(b.row_blocks, 1);

@@ -86,9 +86,8 @@ void fused_gradient(const Tensor& target, const Tensor& g, const Tensor& x, cons
   sum_blocks(b, sums.data(), cut.parts_m, dgrid);
 }
 
-Tensor grad_weight_(const Tensor& target, const Tensor& grad, const Tensor& x,
-                    const Tensor& weight, const Tensor& grid, const Tensor& rows,
-                    const Tensor& cols, bool accumulate) {
+Tensor grad_weight_(const Tensor& target, const Tensor& grad, const Tensor& x, const Tensor& weight,
+                    const Tensor& grid, const Tensor& rows, const Tensor& cols, bool accumulate) {
   const Tensor g = rows_of(grad), in = rows_of(x);
   Tensor dgrid = torch::stable::empty_like(grid);
   dispatch(x.scalar_type(), [&](auto zero) {
@@ -103,8 +102,7 @@ Tensor grad_weight_(const Tensor& target, const Tensor& grad, const Tensor& x,
                              mutable_pointer<R>(target), target.stride(0),
                              mutable_pointer<Sum<T>>(dgrid));
       } else {
-        fused_gradient<T, R>(target, g, in, weight, b, accumulate,
-                             mutable_pointer<Sum<T>>(dgrid));
+        fused_gradient<T, R>(target, g, in, weight, b, accumulate, mutable_pointer<Sum<T>>(dgrid));
       }
     };
     if (target.scalar_type() == x.scalar_type()) {

@@ -146,9 +146,9 @@ void weight_gradient(const Tensor& buffer, const Tensor& g, const Tensor& x, con
   const bool same = buffer.scalar_type() == x.scalar_type();
   if (slice.span() && same) {
     const Tensor target = slice.tensor(buffer);
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(
-        target.get(), target.get(), torch::stable::transpose(g, 0, 1).get(), x.get(),
-        accumulate ? 1.0 : 0.0, 1.0));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(target.get(), target.get(),
+                                                           torch::stable::transpose(g, 0, 1).get(),
+                                                           x.get(), accumulate ? 1.0 : 0.0, 1.0));
     return;
   }
   const bool low = is_low_precision(x) && g.size(0) > kFewRows;

@@ -65,8 +65,8 @@ inline Tensor with_last(const Tensor& like, int64_t n) {
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle made;  // past the dispatcher's boxing, which costs more than the allocation
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      dims, sizes, strides, dtype, aoti_torch_device_type_cpu(), 0, &made));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
 }
 
@@ -74,8 +74,8 @@ inline Tensor with_last(const Tensor& like, int64_t n) {
 // at the price of reading it once, because a traced graph takes tables whose values nobody saw.
 inline const int64_t* table(const MaybeTensor& index, int64_t size, const char* name) {
   if (!index.has_value()) return nullptr;
-  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->is_contiguous(),
-                  name, ": an index table must be contiguous int64");
+  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->is_contiguous(), name,
+                  ": an index table must be contiguous int64");
   const auto* values = static_cast<const int64_t*>(index->const_data_ptr());
   bool inside = true;
   for (int64_t i = 0; i < index->numel(); ++i) inside &= values[i] >= 0 && values[i] < size;
@@ -117,7 +117,8 @@ inline Cut cut_for(int64_t m, int64_t n, int64_t k) {
   for (int64_t parts = 1; parts <= threads; ++parts) {
     if (threads % parts != 0) continue;
     // Every part packs its rows of one operand and its columns of the other.
-    const double packed = static_cast<double>(m) * (threads / parts) + static_cast<double>(n) * parts;
+    const double packed =
+        static_cast<double>(m) * (threads / parts) + static_cast<double>(n) * parts;
     if (least < 0 || packed < least) least = packed, best = {parts, threads / parts};
   }
   return best;

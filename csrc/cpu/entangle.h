@@ -20,11 +20,19 @@ struct Blocks {
   const int32_t *row_class, *col_class, *inner_class;
 
   int64_t width() const { return cols * inner; }
-  // Cell within a row block of element j of a line, or -1 outside.
-  int64_t cell(int64_t j) const {
-    const int64_t c = col_class[j / inner], s = inner_class[j % inner];
-    const bool inside = c >= 0 && c < col_blocks && s >= 0 && s < inner_blocks;
-    return inside ? c * inner_blocks + s : -1;
+  int64_t cells() const { return col_blocks * inner_blocks; }
+  // Cell within a row block of each element of a line, or -1 outside.
+  std::vector<int32_t> cells_of_line() const {
+    std::vector<int32_t> found(static_cast<size_t>(width()));
+    auto* to = found.data();
+    for (int64_t c = 0; c < cols; ++c) {
+      const bool in_cols = col_class[c] >= 0 && col_class[c] < col_blocks;
+      for (int64_t i = 0; i < inner; ++i) {
+        const bool inside = in_cols && inner_class[i] >= 0 && inner_class[i] < inner_blocks;
+        *to++ = inside ? static_cast<int32_t>(col_class[c] * inner_blocks + inner_class[i]) : -1;
+      }
+    }
+    return found;
   }
 };
 
@@ -37,12 +45,12 @@ struct Lines {
 
   explicit Lines(const Blocks<S>& b)
       : table((b.row_blocks + 1) * b.width()), line(static_cast<size_t>(b.rows)) {
-    const int64_t width = b.width(), cells = b.col_blocks * b.inner_blocks;
-    for (int64_t j = 0; j < width; ++j) {
-      const int64_t cell = b.cell(j);
-      for (int64_t r = 0; cell >= 0 && r < b.row_blocks; ++r) {
-        table[r * width + j] = b.grid[r * cells + cell];
-      }
+    const int64_t width = b.width();
+    const auto cells = b.cells_of_line();
+    for (int64_t r = 0; r < b.row_blocks; ++r) {
+      const S* factors = b.grid + r * b.cells();
+      S* to = table.data() + r * width;
+      for (int64_t j = 0; j < width; ++j) to[j] = cells[j] < 0 ? S{} : factors[cells[j]];
     }
     for (int64_t r = 0; r < b.rows; ++r) {
       const int32_t c = b.row_class[r];
@@ -54,14 +62,15 @@ struct Lines {
 // Sums `parts` tables [row_blocks + 1, width] into the grid's cells, in double and in fixed order.
 template <class S>
 void sum_blocks(const Blocks<S>& b, const S* tables, int64_t parts, S* grid) {
-  const int64_t width = b.width(), cells = b.col_blocks * b.inner_blocks;
-  std::vector<double> total(b.row_blocks * cells);
+  const int64_t width = b.width();
+  const auto cells = b.cells_of_line();
+  std::vector<double> total(b.row_blocks * b.cells());
   for (int64_t p = 0; p < parts; ++p) {
     for (int64_t r = 0; r < b.row_blocks; ++r) {
       const S* line = tables + (p * (b.row_blocks + 1) + r) * width;
+      double* to = total.data() + r * b.cells();
       for (int64_t j = 0; j < width; ++j) {
-        const int64_t cell = b.cell(j);
-        if (cell >= 0) total[r * cells + cell] += line[j];
+        if (cells[j] >= 0) to[cells[j]] += line[j];
       }
     }
   }

@@ -37,8 +37,9 @@ namespace weightshare::avx2 {
 }  // namespace weightshare::avx2
 #if defined(__clang__)
 #pragma clang attribute pop
-#pragma clang attribute push( \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC pop_options
 #pragma GCC push_options
@@ -87,11 +88,10 @@ inline Isa isa() {
 
 // The chosen build of a kernel, as a function pointer: WS_CHOSEN(product<T, R>).
 #if defined(__x86_64__)
-#define WS_CHOSEN(...)                                       \
-  (::weightshare::isa() == ::weightshare::Isa::avx512        \
-       ? &::weightshare::avx512::__VA_ARGS__                 \
-       : ::weightshare::isa() == ::weightshare::Isa::avx2 ? &::weightshare::avx2::__VA_ARGS__ \
-                                                          : &::weightshare::baseline::__VA_ARGS__)
+#define WS_CHOSEN(...)                                                                      \
+  (::weightshare::isa() == ::weightshare::Isa::avx512 ? &::weightshare::avx512::__VA_ARGS__ \
+   : ::weightshare::isa() == ::weightshare::Isa::avx2 ? &::weightshare::avx2::__VA_ARGS__   \
+                                                      : &::weightshare::baseline::__VA_ARGS__)
 #else
 #define WS_CHOSEN(...) (&::weightshare::baseline::__VA_ARGS__)
 #endif

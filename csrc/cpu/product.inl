@@ -28,8 +28,9 @@ struct Scratch {
   S* sums;
   S* line;
   Scratch() {
-    constexpr int64_t na = (T::kM / T::kRows + 1) * T::kStep * T::kK, nb = T::kN * T::kK + T::kWide * T::kN * 2,
-                      nc = T::kM * T::kN * T::kWide, nl = T::kLanes * T::kK;
+    constexpr int64_t na = (T::kM / T::kRows + 1) * T::kStep * T::kK,
+                      nb = T::kN * T::kK + T::kWide * T::kN * 2, nc = T::kM * T::kN * T::kWide,
+                      nl = T::kLanes * T::kK;
     a = static_cast<S*>(std::aligned_alloc(64, (na + nb + nc + nl) * sizeof(S)));
     if (a == nullptr) throw std::bad_alloc();
     b = a + na;
@@ -209,7 +210,8 @@ void finish(const Result<T, R>& result, const Sum<T>* sums, int64_t pitch, int64
       if (result.weight.col_stride == 1) {
         for (int64_t j = from; j < n; ++j) total[j] += line[j] * widen(w[n0 + j]);
       } else {
-        for (int64_t j = from; j < n; ++j) total[j] += line[j] * widen(w[result.weight.col(n0 + j)]);
+        for (int64_t j = from; j < n; ++j)
+          total[j] += line[j] * widen(w[result.weight.col(n0 + j)]);
       }
     }
     auto value = [&](int64_t j) {
@@ -239,8 +241,9 @@ void finish(const Result<T, R>& result, const Sum<T>* sums, int64_t pitch, int64
 // Whether register tiles may go straight to the result instead of through the tile of sums.
 template <class T, class R>
 bool writes_direct(const Result<T, R>& r) {
-  return std::is_same_v<R, Sum<T>> && (r.bias == nullptr || std::is_same_v<T, R>) && r.out.cols == nullptr && r.out.col_stride == 1 &&
-         r.factors.table == nullptr && r.sums == nullptr;
+  return std::is_same_v<R, Sum<T>> && (r.bias == nullptr || std::is_same_v<T, R>) &&
+         r.out.cols == nullptr && r.out.col_stride == 1 && r.factors.table == nullptr &&
+         r.sums == nullptr;
 }
 
 // Computes the rows [m0, m1) and columns [n0, n1) of a product; needs no other thread.
@@ -255,7 +258,8 @@ void product(const Product<T, R>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
   const int64_t k_block = wide ? G::kK / G::kWide : G::kK;
   const int64_t n_block = wide ? G::kN * G::kWide : G::kN;
   const int64_t m_block = wide && !direct ? G::kM / G::kWide : G::kM;
-  const int64_t apart = G::kCols * k_block + 2 * G::kLanes;  // B panels, off each other's cache sets
+  const int64_t apart =
+      G::kCols * k_block + 2 * G::kLanes;  // B panels, off each other's cache sets
   for (int64_t mb = m0; mb < m1; mb += m_block) {
     const int64_t m = std::min(m_block, m1 - mb);
     const int64_t tiles = (m + G::kRows - 1) / G::kRows;  // of equal height, give or take one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -59,28 +60,12 @@ def entangle(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) ->
     _grid.check_choices(choices, alpha, weight.shape, axes)
     _checks.same_device("alpha", alpha, "weight", weight)
     grid = _grid.make_grid(weight.shape, choices, alpha)
-    factors = _grid.mixture(grid, alpha).to(_checks.accumulate_dtype(weight.dtype))
-    cells, classes = _three_axes(grid, factors)
-    size = [c.shape[0] for c in classes]
+    rows, cols, *rest = (*grid.shape, 1)[: max(2, len(grid.shape))]
+    cells = _grid.mixture(grid, alpha).to(_checks.accumulate_dtype(weight.dtype))
+    cells = cells.view(rows, cols, math.prod(rest))
+    folded = weight.reshape([c.shape[0] for c in grid.folded])
     apply = _lean if _collect.plain() else _Entangle.apply
-    return apply(weight.reshape(size), cells, *classes).view(weight.shape)
-
-
-def _three_axes(grid: _grid.Grid, factors: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """Fold the axes of a grid to (rows, columns, all the rest), as the kernels read it."""
-    lead, classes = list(grid.shape[:2]), list(grid.classes[:2])
-    while len(lead) < 2:
-        lead.append(1)
-        classes.append(classes[0].new_zeros(1))
-    rest = grid.shape[2:]
-    inner = classes[0].new_zeros(1)
-    for blocks, axis in zip(rest, grid.classes[2:], strict=True):
-        # A block index of the folded axis; "outside" in any axis is outside in all.
-        outside = (inner < 0)[:, None] | (axis == blocks)[None, :]
-        inner = torch.where(outside, -1, inner[:, None] * blocks + axis[None, :]).flatten()
-    cells = factors.view(*lead, -1)
-    inner = torch.where(inner < 0, cells.shape[2], inner).to(torch.int32)
-    return cells, (*classes, inner)
+    return apply(folded, cells, *grid.folded).view(weight.shape)
 
 
 class _Entangle(Function):

@@ -39,7 +39,7 @@ def grad_weight_(
         target.add_(value) if accumulate else target.copy_(value)
         return
     if cols is None:
-        region = rows
-    else:
-        region = (slice(None), cols) if rows is None else (rows[:, None], cols)
-    target[region] = target[region] + value if accumulate else value
+        target[rows] = target[rows] + value if accumulate else value
+        return
+    where = (slice(None), cols) if rows is None else (rows[:, None], cols)
+    target[where] = target[where] + value if accumulate else value
