@@ -57,7 +57,7 @@ install: $(VENV)/.native ## create .venv: torch, the package (editable), its nat
 
 # ---- what a visitor runs
 
-demo: install ## train one network that serves many sizes, on real data (3 minutes)
+demo: install ## train one network that serves many sizes, on real data (2 minutes)
 	$(RUN) -m weightshare demo
 
 PYTEST := $(BIN)/pytest

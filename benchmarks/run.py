@@ -88,25 +88,32 @@ def clear(work: Workload) -> None:
 
 
 def once(variant: Variant, clock: Clock) -> dict[str, float]:
-    """Seconds per phase of one repetition; a ``step`` is timed whole, its forward pass apart."""
+    """Seconds per phase of one repetition; a ``step`` is timed whole, its forward pass apart.
+
+    ``both`` is what a training step pays: forward, backward, and dropping the gradients that it
+    made (large ones go back to the system page by page).
+    """
     work = variant.work
     clear(work)
     clock.mark()
     outputs = outputs_of(work)
     clock.mark()
-    if work.step is None:
-        torch.autograd.backward(outputs, variant.grads)
+    if work.step is not None:
         del outputs
+        (forward,) = clock.laps()
         clock.mark()
-        forward, backward = clock.laps()
-        return {"forward": forward, "backward": backward, "both": forward + backward}
-    (forward,) = clock.laps()
+        work.step()
+        clear(work)
+        clock.mark()
+        (both,) = clock.laps()
+        return {"forward": forward, "backward": max(both - forward, 0.0), "both": both}
+    torch.autograd.backward(outputs, variant.grads)
     del outputs
     clock.mark()
-    work.step()
+    clear(work)
     clock.mark()
-    (both,) = clock.laps()
-    return {"forward": forward, "backward": max(both - forward, 0.0), "both": both}
+    forward, backward, cleared = clock.laps()
+    return {"forward": forward, "backward": backward, "both": forward + backward + cleared}
 
 
 def sample(variant: Variant, clock: Clock) -> None:

@@ -158,3 +158,18 @@ def test_compiled_refuses_what_eager_refuses():
     compiled = torch.compile(sliced_linear, backend="aot_eager")
     with pytest.raises(Exception, match="prefix 49"):
         compiled(x, w, out=49)
+
+
+def test_large_weights_compile():
+    """Weights whose gradient buffers are kept between steps: tracing must not meet the pool."""
+    x, w = (torch.randn(4, 512, requires_grad=True), torch.randn(512, 512, requires_grad=True))
+    alpha = torch.tensor([0.3, 0.7], requires_grad=True)
+
+    def call(x, w, alpha):
+        y = entangled_linear(x, w, None, [(256, 512), (512, 256)], alpha)
+        return (y * sliced_linear(x, w, out=512)).sum()
+
+    traced = torch.compile(call, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(traced(x, w, alpha), (x, w, alpha))
+    for a, b in zip(got, torch.autograd.grad(call(x, w, alpha), (x, w, alpha)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)

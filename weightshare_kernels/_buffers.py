@@ -9,6 +9,7 @@ memory for this reason, but not host memory; here freed buffers are kept for the
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import defaultdict, deque
 
@@ -20,7 +21,7 @@ from weightshare_kernels import _config
 
 _SMALL = 1 << 18  # bytes; below this malloc keeps memory by itself
 _ALIGN = 64
-_LIMIT = int(_config.get("WEIGHTSHARE_GRAD_CACHE_MB")) << 20
+_LIMIT = _config.get_int("WEIGHTSHARE_GRAD_CACHE_MB") << 20
 _NUMPY = {
     torch.float64: np.float64,
     torch.float32: np.float32,
@@ -31,6 +32,7 @@ _NUMPY = {
 _free: defaultdict[tuple, deque[np.ndarray]] = defaultdict(deque)
 _leases: dict[int, weakref.ref] = {}
 _kept = 0
+_lock = threading.RLock()  # re-entered when a tensor dies inside it
 
 
 def empty_like(tensor: Tensor) -> Tensor:
@@ -50,18 +52,21 @@ def kept_bytes() -> int:
 def release() -> None:
     """Give all kept buffers back to the system."""
     global _kept
-    _free.clear()
-    _kept = 0
+    with _lock:
+        _free.clear()
+        _kept = 0
 
 
 def _lease(shape: torch.Size, dtype: torch.dtype, size: int) -> np.ndarray:
     """A view of a block; when the last tensor on it dies, the block comes back."""
     global _kept
     kind = (shape, dtype)
-    try:
-        block = _free[kind].pop()
-        _kept -= size
-    except IndexError:
+    block = None
+    with _lock:
+        if _free[kind]:
+            block = _free[kind].pop()
+            _kept -= size
+    if block is None:
         raw = np.empty(size + _ALIGN, dtype=np.uint8)  # numpy asks for huge pages above 4 MB
         lead = -raw.ctypes.data % _ALIGN
         block = raw[lead : lead + size].view(_NUMPY[dtype]).reshape(shape)
@@ -73,7 +78,8 @@ def _lease(shape: torch.Size, dtype: torch.dtype, size: int) -> np.ndarray:
 
 def _return(key: int, kind: tuple, size: int, block: np.ndarray) -> None:
     global _kept
-    del _leases[key]
-    if _kept + size <= _LIMIT:
-        _free[kind].append(block)
-        _kept += size
+    with _lock:
+        del _leases[key]
+        if _kept + size <= _LIMIT:
+            _free[kind].append(block)
+            _kept += size

@@ -59,12 +59,13 @@ class Case:
         inputs: makes the keyword arguments of ``call`` and ``reference``.
         call: the public function.
         reference: its definition in plain differentiable PyTorch, float64-capable.
-        baselines: name -> makes a :class:`Workload` from the inputs. ``dense`` is the floor: a
-            dense layer of the active size with weights of its own.
+        baselines: name -> makes a :class:`Workload` from the inputs. The floor is ``dense``, a
+            dense layer of the active size with weights of its own, or ``clone`` of the weight.
         ours: makes our :class:`Workload`; by default one call of ``call``.
         flops: floating-point operations of one forward pass.
         bytes: least bytes a forward pass moves, per element size.
-        bars: baseline -> least ratio baseline / ours that the project promises.
+        bars: ``baseline`` or ``baseline:phase`` -> least ratio baseline / ours that the project
+            promises; ``saved`` -> most bytes saved for backward, ours / floor.
         tier: ``test`` (small, every dtype) or ``bench`` (real shapes).
     """
 

@@ -16,7 +16,8 @@ running pass will execute, and counts them down. What follows, each pinned by a 
   retained graph works any number of times;
 * counts and buffers are keyed by autograd's graph task, so nested, concurrent and partial
   backward passes (activation checkpointing, threads, ``autograd.grad``) never meet;
-* a pass that does not reach W computes nothing for it;
+* a pass that does not reach W leaves its gradient alone and, unless a mixture's d alpha needs
+  the same product, computes nothing for it;
 * ``create_graph=True`` falls back to ordinary differentiable gradients;
 * under ``torch.compile``, functorch transforms and tensor subclasses each use returns a padded
   gradient, which the compiler fuses into one accumulation.
@@ -52,12 +53,13 @@ def plain() -> bool:
 class Collector:
     """Sums the gradients of all uses of one weight, one buffer per backward pass."""
 
-    __slots__ = ("_buffers", "_uses", "_waiting")
+    __slots__ = ("_buffers", "_passes", "_uses", "_waiting")
 
     def __init__(self) -> None:
         self._uses: set[weakref.ref] = set()
         self._buffers: dict[int, Tensor] = {}
-        self._waiting: dict[int, int] = {}  # uses of the pass that have yet to run
+        self._passes: dict[int, list[weakref.ref]] = {}  # all uses of the pass
+        self._waiting: dict[int, int] = {}  # how many of them have yet to run
 
     def join(self, node) -> None:
         """Count an autograd node among the uses of the weight, as long as it lives."""
@@ -78,7 +80,9 @@ class Collector:
             if buffer.dtype.itemsize < 4:  # sums of several slices are kept in fp32
                 buffer = self._buffers[task] = buffer.float()
             return buffer, True
-        self._waiting[task] = sum(1 for use in tuple(self._uses) if _will_run(use()))
+        self._forget_failed()
+        uses = self._passes[task] = [use for use in tuple(self._uses) if _will_run(use())]
+        self._waiting[task] = len(uses)
         buffer = self._buffers[task] = empty_like(weight)
         if self._waiting[task] > 1:  # a pass that stops early must not keep its buffer
             Variable._execution_engine.queue_callback(partial(self._forget, task))
@@ -96,8 +100,15 @@ class Collector:
         self._forget(task)
         return total if total.dtype == dtype else total.to(dtype)
 
+    def _forget_failed(self) -> None:
+        """Drop what failed passes left; a pass that still runs keeps its uses alive."""
+        for task, uses in tuple(self._passes.items()):
+            if all(use() is None for use in uses):
+                self._forget(task)
+
     def _forget(self, task: int) -> None:
         self._buffers.pop(task, None)
+        self._passes.pop(task, None)
         self._waiting.pop(task, None)
 
 
@@ -119,7 +130,7 @@ _live: dict[int, tuple[weakref.ref, int, Collector]] = {}
 def collect(weight: Tensor) -> Collector | None:
     """The collector of a weight, for :func:`plain` autograd; None where it can have none.
 
-    A tensor that is changed in place gets a new one: its gradient then goes elsewhere.
+    A non-leaf that is changed in place gets a new one: its gradient then goes elsewhere.
     """
     if not weight.requires_grad or type(weight) not in (Tensor, torch.nn.Parameter):
         return None

@@ -41,3 +41,11 @@ def get(name: str) -> str:
     if variable.allowed is not None and value not in variable.allowed:
         raise ValueError(f"{name}={value!r}: expected one of {', '.join(variable.allowed)}")
     return value
+
+
+def get_int(name: str) -> int:
+    """Return a variable that is a whole number; ValueError if it is not."""
+    value = get(name)
+    if not value.isdecimal():
+        raise ValueError(f"{name}={value!r}: expected a whole number")
+    return int(value)

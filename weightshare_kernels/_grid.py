@@ -175,7 +175,7 @@ def _form(axes: Sequence[str]) -> str:
 
 
 def factors(grid: Tensor, classes: Sequence[Tensor]) -> Tensor:
-    """Expand a grid to one factor per element (reference only); outside is zero."""
+    """Expand a grid to one factor per element, zero outside; not for kernels' paths."""
     padded = torch.nn.functional.pad(grid, [0, 1] * grid.dim())
     for axis, index in enumerate(classes):
         padded = padded.index_select(axis, index.long())

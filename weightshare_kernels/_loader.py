@@ -39,6 +39,7 @@ def _load(name: str, wanted: bool, unwanted_because: str) -> Library:
 
 def _load_all() -> dict[str, Library]:
     backend = _config.get("WEIGHTSHARE_BACKEND")
+    _config.get("WEIGHTSHARE_ISA")  # read by the CPU library, which would take a typo for auto
     forced = f"WEIGHTSHARE_BACKEND={backend}"
     interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     cpu = _load("cpu", backend != "reference" and not interpreted, forced)

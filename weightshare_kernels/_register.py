@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch.autograd import Function
@@ -22,16 +21,7 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _TAGS = (torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag)
 
 
-@dataclass(frozen=True)
-class Op:
-    """One dispatcher op: its schema, and where its Triton implementation lives, if any."""
-
-    schema: str
-    reference: Callable
-    triton: str | None
-
-
-OPS: dict[str, Op] = {}
+OPS: dict[str, str] = {}  # name -> schema
 _triton_serves: set[tuple[str, str]] = set()  # (op, dispatch key)
 
 
@@ -57,7 +47,7 @@ def define(
     _LIBRARY.define(schema, tags=_TAGS)
     _LIBRARY.impl(name, adapt(reference), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    OPS[name] = Op(schema, reference, triton)
+    OPS[name] = schema
     if triton is not None and (key := _triton_key(name)) is not None:
         module, function = triton.split(":")
         override(name, adapt(getattr(importlib.import_module(module), function)), key)

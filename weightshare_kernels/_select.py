@@ -166,11 +166,9 @@ def _merge(ranges: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
     return merged
 
 
-def index_axis(name: str, index: Tensor, size: int, check: bool = True) -> Axis:
+def _checked_axis(name: str, index: Tensor, size: int) -> Axis:
     """Wrap an index table, checked for range and repeats; a run of neighbours becomes a span."""
     length = index.shape[0]
-    if not check:
-        return Axis(0, length, index)
     if length == 0:
         return Axis(0, 0, None)
     ordered = index.sort().values
@@ -206,7 +204,7 @@ def _table(name: str, spec: Tensor, size: int, device: torch.device, trusted: bo
         return Axis(0, index.shape[0], index)
     if index is spec or index.data_ptr() == spec.data_ptr():
         index = index.clone()  # the table must not change behind the check
-    return index_axis(name, index, size)
+    return _checked_axis(name, index, size)
 
 
 def _cached_table(name: str, spec: Tensor, size: int, device: torch.device) -> Axis:

@@ -75,7 +75,7 @@ def _machine() -> dict[str, Any]:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "platform": platform.platform(),
-        "cpu isa": torch.backends.cpu.get_cpu_capability(),
+        "cpu capability (torch)": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "gpus": gpus,
         "c++ compiler": shutil.which(os.environ.get("CXX", "c++").split()[0]),

@@ -1,12 +1,15 @@
 // entangled_linear on the CPU. The product scales W while it packs it, and takes the block sums of
-// the gradient from the finished tiles; low precision with many rows goes to the library, whose
-// kernels use instructions ours do not, through one scaled copy that lives for the call.
+// the gradient from the finished tiles. With many rows one scaled copy, alive for the call alone,
+// costs nothing against the product, and the library's is the quicker one.
 #include "bindings/grid_cpu.h"
 
 namespace weightshare {
 namespace {
 
-constexpr int64_t kFewRows = 48;
+// Rows from which the library serves.
+bool use_library(const Tensor& x, int64_t rows) {
+  return rows > (is_low_precision(x) ? kFewRows : 1024);
+}
 
 template <class T>
 Factors<Sum<T>> factors(const Lines<Sum<T>>& lines, int64_t width) {
@@ -28,7 +31,7 @@ Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, c
   return dispatch(x.scalar_type(), [&](auto zero) -> Tensor {
     using T = decltype(zero);
     const auto b = blocks_of<T>(weight, grid, rows, cols, std::nullopt);
-    if (is_low_precision(x) && m > kFewRows) {
+    if (use_library(x, m)) {
       return library_linear(x, scaled<T>(weight, b), bias);
     }
     Tensor y = with_last(x, n);
@@ -51,7 +54,7 @@ Tensor grad_x(const Tensor& grad, const Tensor& weight, const Tensor& grid, cons
   return dispatch(grad.scalar_type(), [&](auto zero) -> Tensor {
     using T = decltype(zero);
     const auto b = blocks_of<T>(weight, grid, rows, cols, std::nullopt);
-    if (is_low_precision(grad) && m > kFewRows) {
+    if (use_library(grad, m)) {
       return library_matmul(grad, scaled<T>(weight, b));
     }
     Tensor dx = with_last(grad, n);
@@ -95,7 +98,7 @@ Tensor grad_weight_(const Tensor& target, const Tensor& grad, const Tensor& x, c
     const auto b = blocks_of<T>(weight, grid, rows, cols, std::nullopt);
     auto store = [&](auto kind) {
       using R = decltype(kind);
-      if (is_low_precision(x) && g.size(0) > kFewRows && target.stride(1) == 1) {
+      if (use_library(x, g.size(0)) && target.stride(1) == 1) {
         const Tensor whole = library_matmul(torch::stable::transpose(g, 0, 1), in);
         const Tensor w = torch::stable::contiguous(weight);
         scale_backward<T, R>(b, Lines(b), pointer<T>(whole), pointer<T>(w), accumulate,

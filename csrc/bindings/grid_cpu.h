@@ -18,7 +18,7 @@ inline const int32_t* classes(const Tensor& t, int64_t size, const char* name) {
 template <class T>
 Blocks<Sum<T>> blocks_of(const Tensor& weight, const Tensor& grid, const Tensor& rows,
                          const Tensor& cols, const MaybeTensor& inner) {
-  static const int32_t kOne = 0;
+  static const int32_t kFirst = 0;
   using S = Sum<T>;
   const auto expected = std::is_same_v<S, double> ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(grid.scalar_type() == expected && grid.is_contiguous(),
@@ -33,7 +33,7 @@ Blocks<Sum<T>> blocks_of(const Tensor& weight, const Tensor& grid, const Tensor&
   b.inner_blocks = inner ? grid.size(2) : 1;
   b.row_class = classes(rows, b.rows, "rows");
   b.col_class = classes(cols, b.cols, "cols");
-  b.inner_class = inner ? classes(*inner, b.inner, "inner") : &kOne;
+  b.inner_class = inner ? classes(*inner, b.inner, "inner") : &kFirst;
   return b;
 }
 
@@ -58,14 +58,21 @@ void scale(const Blocks<Sum<T>>& b, const Lines<Sum<T>>& lines, const T* from, T
 template <class T, class R>
 void scale_backward(const Blocks<Sum<T>>& b, const Lines<Sum<T>>& lines, const T* g,
                     const T* weight, bool add, R* to, int64_t pitch, Sum<T>* grid_sums) {
-  const int64_t parts = row_parts(b.rows, b.width());
-  const int64_t table = (b.row_blocks + 1) * b.width();
-  std::vector<Sum<T>> sums(parts * table);
+  constexpr int64_t kBlock = 512;  // rows summed in Sum<T> before they go to a double
+  const int64_t parts = row_parts(b.rows, b.width()), width = b.width();
+  const int64_t table = (b.row_blocks + 1) * width;
+  std::vector<double> sums(parts * table);
   torch::stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    std::vector<Sum<T>> block(table);
     for (int64_t p = begin; p < end; ++p) {
-      WS_CHOSEN(scale_rows_and_sum<T, R>)(g, weight, lines.table.data(), lines.line.data(),
-                                          b.rows * p / parts, b.rows * (p + 1) / parts, b.width(),
-                                          add, to, pitch, sums.data() + p * table);
+      const int64_t last = b.rows * (p + 1) / parts;
+      for (int64_t r = b.rows * p / parts; r < last; r += kBlock) {
+        std::fill(block.begin(), block.end(), Sum<T>{});
+        WS_CHOSEN(scale_rows_and_sum<T, R>)(g, weight, lines.table.data(), lines.line.data(), r,
+                                            std::min(last, r + kBlock), width, add, to, pitch,
+                                            block.data());
+        for (int64_t i = 0; i < table; ++i) sums[p * table + i] += block[i];
+      }
     }
   });
   sum_blocks(b, sums.data(), parts, grid_sums);

@@ -1,6 +1,7 @@
-// sliced_linear on the CPU. Plain spans with many rows go to PyTorch's GEMM library by strides;
-// index tables and few rows to the product that packs them in place. A call is one dispatch:
-// narrowing, zeroing around the slice and the bias gradient are done here, not in Python.
+// sliced_linear on the CPU. Spans with many rows go to PyTorch's GEMM library by strides, picked
+// columns after one gather; tables of rows and fewer rows to the product that packs them in place.
+// A call is one dispatch: narrowing, zeroing around the slice and the bias gradient are done here,
+// not in Python.
 #include "bindings/tensor_cpu.h"
 
 namespace weightshare {
@@ -9,12 +10,9 @@ namespace {
 using torch::stable::detail::from;
 
 // Up to here our product, which reads W in place and once, serves spans too: measured on Zen 4,
-// two threads, 1.2-1.7 x the library forward and 1.0-1.8 x for dx at 4 to 197 rows, level at 400.
+// two threads, 1.1-1.7 x the library forward and 0.9-1.8 x for dx at 4 to 2048 rows.
 // The gradient of a span always goes to the library, whose outer product is the quicker one.
-constexpr int64_t kOurRows = 256;
-// Low precision beyond this goes to the library: its kernels use instructions that ours do not.
-constexpr int64_t kFewRows = 48;
-
+constexpr int64_t kOurRows = 2048;
 // Which part of a weight [O, I] is used: spans, unless a table names the rows or columns.
 struct Slice {
   const MaybeTensor &rows, &cols;

@@ -38,6 +38,10 @@ auto dispatch(ScalarType dtype, const F& f) {
   }
 }
 
+// Low precision with more rows than this goes to the library: its kernels use instructions that
+// ours do not.
+constexpr int64_t kFewRows = 48;
+
 inline bool is_low_precision(const Tensor& t) {
   return t.scalar_type() == ScalarType::BFloat16 || t.scalar_type() == ScalarType::Half;
 }

@@ -60,14 +60,14 @@ struct Lines {
 };
 
 // Sums `parts` tables [row_blocks + 1, width] into the grid's cells, in double and in fixed order.
-template <class S>
-void sum_blocks(const Blocks<S>& b, const S* tables, int64_t parts, S* grid) {
+template <class S, class V>
+void sum_blocks(const Blocks<S>& b, const V* tables, int64_t parts, S* grid) {
   const int64_t width = b.width();
   const auto cells = b.cells_of_line();
   std::vector<double> total(b.row_blocks * b.cells());
   for (int64_t p = 0; p < parts; ++p) {
     for (int64_t r = 0; r < b.row_blocks; ++r) {
-      const S* line = tables + (p * (b.row_blocks + 1) + r) * width;
+      const V* line = tables + (p * (b.row_blocks + 1) + r) * width;
       double* to = total.data() + r * b.cells();
       for (int64_t j = 0; j < width; ++j) {
         if (cells[j] >= 0) to[cells[j]] += line[j];

@@ -201,7 +201,7 @@ class Search(Phase):
         loss = loss + self.settings.cost * (widths @ self.share @ depths)
         undecided = torch.special.entr(widths).sum() + torch.special.entr(depths).sum()
         loss = loss + self.settings.entropy * self.position / self.total * undecided
-        # inputs= keeps this backward pass from computing gradients of the weights.
+        # inputs= keeps this backward pass from adding to the gradients of the weights.
         self.alpha_optimizer.zero_grad()
         loss.backward(inputs=list(self.logits))
         self.alpha_optimizer.step()

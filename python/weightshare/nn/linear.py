@@ -120,7 +120,7 @@ class SlicedLinear(nn.Linear):
         ones bit for bit, and so are the outputs where the same kernel runs. Two things run
         another one, which may add up in another order and so differ in the last bits:
         ``nn.Linear`` itself, which is PyTorch's own kernel, and a selection by index table, which
-        is gathered while it is multiplied.
+        takes other paths than a span does.
         """
         rows, cols = self._axes()
         bias = self.bias is not None

@@ -47,8 +47,9 @@ def entangled_linear(
     """Linear layer of ``sum_k alpha_k Pad(W[:o_k, :i_k])``, bias likewise, without the sum.
 
     The factors ``C = sum_k alpha_k 1[o < o_k, i < i_k]`` are constant on the blocks of a small
-    grid; kernels scale tiles of W by them inside the product. Nothing of W's size is made in the
-    forward pass, and backward returns dW and every d alpha from one pass.
+    grid; kernels scale tiles of W by them inside the product. Nothing of W's size is saved but W
+    itself, nor made in the forward pass (but for a cast under autocast, and one scaled copy for
+    low precision with many rows on a CPU). Backward returns dW and every d alpha from one pass.
 
     Args:
         x: input ``[..., I]``.
@@ -196,7 +197,9 @@ def _weight_gradient(ctx, grad, x, weight, grid, rows, cols):
     """Gradient of W, through its collector where there is one, and of the grid."""
     arguments = (grad, x, weight.to(x.dtype), grid, rows, cols)
     if ctx.collector is None or not _collect.wanted(accumulator := ctx.next_functions[1][0]):
-        target = _buffers.empty_like(weight)
+        # Tracing cannot see through kept memory, and what it makes must not be kept.
+        make = torch.empty_like if ctx.collector is None else _buffers.empty_like
+        target = make(weight)
         return target, _grad_weight_(target, *arguments, False)
     target, accumulate = ctx.collector.open(ctx.weight, accumulator)
     dgrid = _grad_weight_(target, *arguments, accumulate)

@@ -84,8 +84,10 @@ def sliced_linear(
 
     A selection is ``None`` (all), an int (prefix), a slice, a sequence of slices (one prefix per
     block of a fused qkv or gate+up weight, interleaved heads) or a 1-D index tensor without
-    repeats. No copy of the slice is made, and the weight gradients of all slices used in a step
-    are summed in one buffer (see ``weightshare_kernels._collect``).
+    repeats. Spans are read where they lie; index tables are gathered inside the kernel, or into
+    a copy that lives for the call (picked columns on a CPU; low precision with many rows). The
+    weight gradients of all slices used in a backward pass are summed in one buffer (see
+    ``weightshare_kernels._collect``).
 
     Args:
         x: input ``[..., in]``, ``in`` being the size of the ``in_`` selection.
@@ -137,7 +139,7 @@ def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Axis, cols: A
 
 
 def _as(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> tuple:
-    """Weight, bias and slice as the schema takes them; under autocast the slice alone is cast."""
+    """Weight, bias and slice as the schema takes them, cast; of spans the slice alone is cast."""
     if rows.index is None and cols.index is None:
         weight = view(view(weight, 0, rows), 1, cols)
         bias = None if bias is None else view(bias, 0, rows)

@@ -260,6 +260,7 @@ def _sandwich(name: str, per_width: bool, bars) -> Case:
     )
 
 
+_GATHERED = {**BASELINES, "index_select": index_select}
 _NO_MASK = {k: v for k, v in BASELINES.items() if k != "masked"}
 
 CASES += [
@@ -287,8 +288,13 @@ CASES += [
     _mlp(1576, {"eager": 1.0}),
     _sandwich("sandwich_32_rows", False, {"eager": 2.0}),
     _sandwich("sandwich_32_rows_backward_per_width", True, {"eager": 1.4}),
-    _bench("index_random_64_rows", (64,), (3072, 3072), (1536, 3072), None, {"eager": 1.7}),
-    _bench("index_sorted_64_rows", (64,), (3072, 3072), (1536, 3072, True), None, {"eager": 1.7}),
-    _bench("index_random_8_rows", (8,), (3072, 3072), (1536, 3072), None, {"eager": 3.0}),
-    _bench("index_columns_64_rows", (64,), (3072, 3072), None, (1536, 3072), {"eager": 1.0}),
+    *[
+        _bench(name, (rows,), (3072, 3072), out, in_, {"eager": bar}, True, _GATHERED)
+        for name, rows, out, in_, bar in (
+            ("index_random_64_rows", 64, (1536, 3072), None, 1.7),
+            ("index_sorted_64_rows", 64, (1536, 3072, True), None, 1.7),
+            ("index_random_8_rows", 8, (1536, 3072), None, 3.0),
+            ("index_columns_64_rows", 64, None, (1536, 3072), 1.0),
+        )
+    ],
 ]
