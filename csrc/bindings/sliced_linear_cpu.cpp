@@ -60,12 +60,12 @@ struct Slice {
   }
 };
 
-// Whether the library's product serves. Spans cost it no copy; in low precision it is worth the
-// copy of a gathered slice; and picked columns touch nearly every cache line of W, so that one
-// gather beats gathering block by block.
+// Whether the library's product serves. Spans cost it no copy, and with many rows the copy of a
+// gathered slice is nothing against the product; picked columns touch nearly every cache line of
+// W, so that one gather beats gathering block by block.
 bool use_library(const Tensor& weight, int64_t m, const Slice& slice) {
   if (slice.cols || (slice.span() && weight.stride(1) != 1)) return true;
-  return is_low_precision(weight) ? m > kFewRows : slice.span() && m > kOurRows;
+  return m > (is_low_precision(weight) ? kFewRows : kOurRows);
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
@@ -149,13 +149,13 @@ void weight_gradient(const Tensor& buffer, const Tensor& g, const Tensor& x, con
                                                            x.get(), accumulate ? 1.0 : 0.0, 1.0));
     return;
   }
-  const bool low = is_low_precision(x) && g.size(0) > kFewRows;
-  const Tensor whole = low ? library_matmul(torch::stable::transpose(g, 0, 1), x) : x;
+  const bool apart = g.size(0) > (is_low_precision(x) ? kFewRows : kOurRows);
+  const Tensor whole = apart ? library_matmul(torch::stable::transpose(g, 0, 1), x) : x;
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     auto store = [&](auto kind) {
       using R = decltype(kind);
-      if (low) {
+      if (apart) {
         WS_CHOSEN(deposit<T, R>)(matrix<T>(whole), slice.out, slice.in, accumulate,
                                  slice.write<R>(buffer));
         return;
