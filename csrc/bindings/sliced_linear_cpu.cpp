@@ -60,12 +60,19 @@ struct Slice {
   }
 };
 
+// Most rows that our product serves: for tables, whose gathering it does on the way, four times
+// those of spans.
+int64_t our_rows(const Tensor& t, const Slice& slice) {
+  if (is_low_precision(t)) return kFewRows;
+  return slice.span() ? kOurRows : 4 * kOurRows;
+}
+
 // Whether the library's product serves. Spans cost it no copy, and with many rows the copy of a
 // gathered slice is nothing against the product; picked columns touch nearly every cache line of
 // W, so that one gather beats gathering block by block.
 bool use_library(const Tensor& weight, int64_t m, const Slice& slice) {
   if (slice.cols || (slice.span() && weight.stride(1) != 1)) return true;
-  return m > (is_low_precision(weight) ? kFewRows : kOurRows);
+  return m > our_rows(weight, slice);
 }
 
 Tensor forward(const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
@@ -149,7 +156,7 @@ void weight_gradient(const Tensor& buffer, const Tensor& g, const Tensor& x, con
                                                            x.get(), accumulate ? 1.0 : 0.0, 1.0));
     return;
   }
-  const bool apart = g.size(0) > (is_low_precision(x) ? kFewRows : kOurRows);
+  const bool apart = g.size(0) > our_rows(x, slice);
   const Tensor whole = apart ? library_matmul(torch::stable::transpose(g, 0, 1), x) : x;
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
