@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from weightshare_kernels._select import lasting, temporary
+from weightshare_kernels._select import lasting, select, temporary
 
 
 class Grid(NamedTuple):
@@ -34,13 +34,13 @@ _cache: dict[tuple, Grid] = {}
 _checked: set[tuple] = set()
 
 
-def prefix_classes(size: int, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+def prefix_classes(size: int, sizes: Sequence[int]) -> tuple[list, list[int]]:
     """Distinct prefix sizes, ascending, and per element the first of them that covers it."""
     edges = sorted(set(sizes))
     return edges, [next((c for c, e in enumerate(edges) if j < e), len(edges)) for j in range(size)]
 
 
-def centre_classes(size: int, sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+def centre_classes(size: int, sizes: Sequence[int]) -> tuple[list, list[int]]:
     """The same for centred crops: a crop of size s of n starts at ``(n - s) // 2``."""
     edges = sorted(set(sizes))
     spans = [((size - e) // 2, (size - e) // 2 + e) for e in edges]
@@ -50,18 +50,45 @@ def centre_classes(size: int, sizes: Sequence[int]) -> tuple[list[int], list[int
     return edges, classes
 
 
+def selected_classes(size: int, selections: Sequence) -> tuple[list, list[int]]:
+    """The same for sequences of slices, each a part of the next larger one (frozen or int)."""
+    sets = {s: set(_elements(size, s)) for s in selections}
+    edges = sorted(sets, key=lambda s: len(sets[s]))
+    classes = [
+        next((c for c, e in enumerate(edges) if j in sets[e]), len(edges)) for j in range(size)
+    ]
+    return edges, classes
+
+
+def _elements(size: int, selection) -> list[int]:
+    if isinstance(selection, int):
+        return list(range(selection))
+    return [j for bounds in selection for j in range(size)[slice(*bounds)]]
+
+
+def _frozen(choices) -> tuple[tuple, ...]:
+    """Choices as a key: a slice, not hashable before Python 3.12, becomes its bounds."""
+    return tuple(
+        tuple(
+            v if isinstance(v, int) else tuple((s.start, s.stop, s.step) for s in v) for v in choice
+        )
+        for choice in choices
+    )
+
+
 def make_grid(
-    shape: Sequence[int], choices: Sequence[Sequence[int]], like: Tensor, centred_from: int = 2
+    shape: Sequence[int], choices: Sequence[Sequence], like: Tensor, centred_from: int = 2
 ) -> Grid:
     """Cut a weight of ``shape`` into blocks for ``choices``; cached.
 
     Args:
         shape: shape of the weight.
-        choices: K tuples, one size per axis; validated by :func:`check_choices`.
+        choices: K tuples, one size (or sequence of slices) per axis; validated by
+            :func:`check_choices`.
         like: alpha; gives device and dtype of the membership matrix.
         centred_from: axes from here on are centre-cropped (spatial), those before are prefixes.
     """
-    key = (tuple(shape), tuple(map(tuple, choices)), like.device, like.dtype, centred_from)
+    key = (tuple(shape), _frozen(choices), like.device, like.dtype, centred_from)
     if torch.compiler.is_compiling() or temporary():
         return _make(*key)
     grid = _cache.get(key)
@@ -77,16 +104,21 @@ def make_grid(
 def _make(shape, choices, device, dtype, centred_from) -> Grid:
     edges, classes = [], []
     for axis, size in enumerate(shape):
-        cut = prefix_classes if axis < centred_from else centre_classes
-        axis_edges, axis_classes = cut(size, [choice[axis] for choice in choices])
+        sizes = [choice[axis] for choice in choices]
+        if not all(isinstance(s, int) for s in sizes):
+            cut = selected_classes
+        else:
+            cut = prefix_classes if axis < centred_from else centre_classes
+        axis_edges, axis_classes = cut(size, sizes)
         edges.append(axis_edges)
         classes.append(torch.tensor(axis_classes, dtype=torch.int32, device=device))
+    ranks = [[e.index(c) for e, c in zip(edges, choice, strict=True)] for choice in choices]
+    blocks = tuple(map(len, edges))
     rows = [
-        [float(all(c >= e for c, e in zip(choice, block, strict=True))) for choice in choices]
-        for block in itertools.product(*edges)
+        [float(all(r >= b for r, b in zip(rank, block, strict=True))) for rank in ranks]
+        for block in itertools.product(*map(range, blocks))
     ]
     membership = torch.tensor(rows, dtype=dtype, device=device).reshape(-1, len(choices))
-    blocks = tuple(map(len, edges))
     return Grid(blocks, membership, tuple(classes), _fold(blocks, classes))
 
 
@@ -124,10 +156,12 @@ def check_choices(choices, alpha, shape: Sequence[int], axes: Sequence[str]) -> 
             raise ValueError(f"choices[{number}]: expected {_form(axes)}, got {tuple(choice)}")
         for axis, value, size in zip(axes, choice, shape, strict=True):
             check_size(f"choices[{number}]: {axis}", value, size)
+    for axis, size, *values in zip(axes, shape, *choices, strict=True):
+        check_nested(f"choices: {axis}", values, size)
     check_alpha("alpha", alpha, len(choices))
     if len(_checked) >= _CACHE_SIZE:
         _checked.clear()
-    _checked.add((tuple(shape), tuple(map(tuple, choices))))
+    _checked.add((tuple(shape), _frozen(choices)))
 
 
 def _known(choices, shape: Sequence[int]) -> bool:
@@ -135,29 +169,42 @@ def _known(choices, shape: Sequence[int]) -> bool:
     if torch.compiler.is_compiling():
         return False
     try:
-        key = (tuple(shape), tuple(map(tuple, choices)))
-        return key in _checked and all(type(v) is int for choice in key[1] for v in choice)
-    except TypeError:  # no sequence of sequences: the checks say what it is
+        key = (tuple(shape), _frozen(choices))
+        return key in _checked and all(type(v) in (int, tuple) for choice in key[1] for v in choice)
+    except (TypeError, AttributeError):  # no sequence of sequences: the checks say what it is
         return False
 
 
 def check_sizes(axis: str, sizes, alpha, size: int) -> None:
-    """The same for one axis: ``sizes`` are prefix sizes."""
+    """The same for one axis: ``sizes`` are prefix sizes, or sequences of slices."""
     if not isinstance(sizes, Sequence) or isinstance(sizes, str):
         raise TypeError(f"{axis}s: expected a sequence of ints, got {sizes!r}")
     if not sizes:
         raise ValueError(f"{axis}s: is empty; a mixture needs at least one choice")
     for number, value in enumerate(sizes):
         check_size(f"{axis}s[{number}]", value, size)
+    check_nested(f"{axis}s", sizes, size)
     check_alpha(f"alpha_{axis}", alpha, len(sizes))
 
 
 def check_size(name: str, value, size: int) -> None:
-    """Require an int within an axis."""
+    """Require an int within an axis, or a sequence of slices of it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        select(name, value, size, torch.device("cpu"))
+        return
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if not 0 <= value <= size:
         raise ValueError(f"{name}: is {value}, outside 0..{size}, the weight's size")
+
+
+def check_nested(name: str, values, size: int) -> None:
+    """Require that of any two selections of an axis one holds the other, as prefixes do."""
+    if all(isinstance(value, int) for value in values):
+        return
+    sets = sorted((set(_elements(size, s)) for (s,) in _frozen([v] for v in values)), key=len)
+    if not all(a <= b for a, b in itertools.pairwise(sets)):
+        raise ValueError(f"{name}: the selections are not nested; each must hold the smaller ones")
 
 
 def check_alpha(name: str, alpha, count: int) -> None:

@@ -1,5 +1,5 @@
-"""Layers that run on a part of their weights; drop-in for those of ``torch.nn``."""
+"""Modules that replace PyTorch's, layer for layer."""
 
-from weightshare.nn.linear import EntangledLinear, SlicedLinear
+from weightshare.nn.linear import EntangledLinear, Linear, SlicedLinear
 
-__all__ = ["EntangledLinear", "SlicedLinear"]
+__all__ = ["EntangledLinear", "Linear", "SlicedLinear"]

@@ -8,7 +8,14 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weightshare_kernels import _grid, entangled_linear, sliced_linear
+from weightshare.nn.elastic import selection, total
+from weightshare.sizes import Joint, Size, dims_of
+from weightshare_kernels import (
+    _grid,
+    entangled_linear,
+    entangled_linear_independent,
+    sliced_linear,
+)
 from weightshare_kernels._select import Axis, Selection, select, view
 
 Self = TypeVar("Self", bound="SlicedLinear")
@@ -138,7 +145,7 @@ class SlicedLinear(nn.Linear):
         """Sizes of the layer and what part of it is active."""
         text = super().extra_repr()
         for name, spec, size in zip(
-            ("out", "in_"), self._active, (self.out_features, self.in_features), strict=True
+            ("out", "in_"), self.active, (self.out_features, self.in_features), strict=True
         ):
             if spec is not None:
                 text += f", {name}={_describe(spec, size)}"
@@ -147,8 +154,8 @@ class SlicedLinear(nn.Linear):
     def _axes(self) -> tuple[Axis, Axis]:
         device = self.weight.device
         return (
-            select("out", self._active.out, self.out_features, device),
-            select("in_", self._active.in_, self.in_features, device),
+            select("out", self.active.out, self.out_features, device),
+            select("in_", self.active.in_, self.in_features, device),
         )
 
 
@@ -249,6 +256,98 @@ class EntangledLinear(SlicedLinear):
     def extra_repr(self) -> str:
         """Sizes of the layer, its active part and the number of choices."""
         return f"{super().extra_repr()}, choices={len(self._choices)}"
+
+
+class Linear(SlicedLinear):
+    """A linear layer whose sizes are dims of a search space: sliced, or mixed.
+
+    It reads the active sizes; while a dim carries mixture weights (``SearchSpace.mix``) it
+    computes the mixture of all choices on inputs and outputs of full size. Parameters and state
+    dict are those of ``nn.Linear`` of the largest size.
+
+    Args:
+        in_features: a size, or an int where it is fixed.
+        out_features: likewise.
+        bias: whether to add a learned bias.
+        device: where the parameters live.
+        dtype: of the parameters.
+
+    Shape:
+        Input ``[..., in]``, output ``[..., out]``: the active sizes, the whole ones when mixed.
+
+    Source: slicing as Once-for-All (Cai et al., 2020); mixture as TangleNAS (2023).
+
+    Example::
+
+        space = SearchSpace(embed=[384, 768], ratio=[2, 4])
+        fc1 = Linear(space["embed"], space["embed"] * space["ratio"])
+        space.activate(space.smallest())
+        y = fc1(torch.randn(8, 384))  # [8, 768]
+    """
+
+    def __init__(
+        self,
+        in_features: Size | int,
+        out_features: Size | int,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__(total(in_features), total(out_features), bias, device, dtype)
+        self._bind(in_features, out_features)
+
+    @classmethod
+    def from_linear(  # type: ignore[override]
+        cls, linear: nn.Linear, in_features: Size | int, out_features: Size | int
+    ) -> Linear:
+        """Make this layer out of an ``nn.Linear``, as :meth:`SlicedLinear.from_linear`.
+
+        Args:
+            linear: layer to replace; its parameters are taken over.
+            in_features: size of its columns; at most what it has.
+            out_features: size of its rows.
+
+        Raises:
+            ValueError: a size can grow beyond the layer's.
+        """
+        for name, size, whole in (
+            ("in_features", in_features, linear.in_features),
+            ("out_features", out_features, linear.out_features),
+        ):
+            if total(size) > whole:
+                raise ValueError(f"{name}: up to {total(size)}, but the layer has {whole}")
+        layer = super().from_linear(linear)
+        layer._bind(in_features, out_features)
+        return layer
+
+    def _bind(self, in_features: Size | int, out_features: Size | int) -> None:
+        self.rows, self.cols = out_features, in_features
+        self._joint = Joint(out_features, in_features)
+        shared = set(dims_of(out_features)) & set(dims_of(in_features))
+        self._independent = None if shared else (Joint(out_features), Joint(in_features))
+
+    def set_active(self, out: Selection = None, in_: Selection = None) -> Linear:
+        """Refuse: the search space says what is active."""
+        raise TypeError("Linear: its sizes belong to a search space; use SearchSpace.activate")
+
+    @property
+    def active(self) -> Active:
+        """The selections in force, as ``(out, in_)``."""
+        return Active(selection(self.rows), selection(self.cols))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Linear layer of the active part, or of the mixture."""
+        if not self._joint.mixed:
+            rows, cols = selection(self.rows), selection(self.cols)
+            return sliced_linear(x, self.weight, self.bias, out=rows, in_=cols)
+        if self._independent and all(axis.mixed for axis in self._independent):
+            (outs, alpha_out), (ins, alpha_in) = (a.mixture() for a in self._independent)
+            return entangled_linear_independent(
+                x, self.weight, self.bias, [o for (o,) in outs], alpha_out,
+                [i for (i,) in ins], alpha_in,
+            )  # fmt: skip
+        choices, alpha = self._joint.mixture()
+        return entangled_linear(x, self.weight, self.bias, choices, alpha)
 
 
 def _check_linear(linear: nn.Linear) -> None:

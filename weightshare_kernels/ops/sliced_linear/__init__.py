@@ -165,6 +165,8 @@ class _SlicedLinear(Function):
         x, weight, bias, rows, cols, collector = inputs
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if wants_weight else None, weight if wants_x else None)
+        if torch.compiler.is_compiling():  # a trace keeps for backward only what it sees in here
+            rows, cols = rows._replace(length=output.shape[-1]), cols._replace(length=x.shape[-1])
         ctx.axes = rows, cols
         ctx.bias_size = 0 if bias is None else bias.shape[0]
         ctx.weight = weight  # for its shape and its .grad; the values come from what is saved

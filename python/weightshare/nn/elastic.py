@@ -1,0 +1,74 @@
+"""What all elastic modules share: the active part of a parameter, or its mixture.
+
+An axis of a parameter is a :class:`~weightshare.sizes.Size`, or an int where it is fixed. Every
+elastic module has ``export()``, which copies the active part into a plain module.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from weightshare.sizes import Joint, Size
+from weightshare_kernels import entangle
+from weightshare_kernels._select import Selection, select, view
+
+Axis = Size | int
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def total(axis: Axis) -> int:
+    """Whole size of an axis."""
+    return axis.max if isinstance(axis, Size) else axis
+
+
+def length(axis: Axis) -> int:
+    """Active size of an axis: the whole one while it is mixed."""
+    if not isinstance(axis, Size):
+        return axis
+    return axis.max if axis.mixed else axis.value
+
+
+def selection(axis: Axis) -> Selection:
+    """Active part of an axis, as ops take it; None is all of it."""
+    return axis.selection if isinstance(axis, Size) else None
+
+
+def take(tensor: Tensor, joint: Joint) -> Tensor:
+    """Active part of a small parameter (a norm's, a bias, a token), or its mixture.
+
+    Args:
+        tensor: the whole parameter, with as many dimensions as ``joint`` has axes.
+        joint: its axes.
+    """
+    if joint.mixed:
+        choices, alpha = joint.mixture()
+        return entangle(tensor, choices, alpha)
+    for dim, axis in enumerate(joint.axes):
+        tensor = _part(tensor, dim, axis)
+    return tensor
+
+
+def copy(tensor: Tensor, joint: Joint) -> Tensor:
+    """Active part in memory of its own, detached."""
+    with torch.no_grad():
+        part = tensor.detach()
+        for dim, axis in enumerate(joint.axes):
+            part = _part(part, dim, axis)
+        return part.clone(memory_format=torch.contiguous_format)
+
+
+def copy_parameter(parameter: nn.Parameter, joint: Joint) -> nn.Parameter:
+    """The same as a parameter; whether it wants a gradient is kept."""
+    return nn.Parameter(copy(parameter, joint), parameter.requires_grad)
+
+
+def _part(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
+    if not isinstance(axis, Size):
+        return tensor
+    chosen = select("axis", axis.selection, tensor.shape[dim], tensor.device)
+    if chosen.index is not None:
+        return tensor.index_select(dim, chosen.index)
+    return view(tensor, dim, chosen)
