@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,20 +50,29 @@ def centre_classes(size: int, sizes: Sequence[int]) -> tuple[list, list[int]]:
     return edges, classes
 
 
-def selected_classes(size: int, selections: Sequence) -> tuple[list, list[int]]:
-    """The same for sequences of slices, each a part of the next larger one (frozen or int)."""
-    sets = {s: set(_elements(size, s)) for s in selections}
-    edges = sorted(sets, key=lambda s: len(sets[s]))
-    classes = [
-        next((c for c, e in enumerate(edges) if j in sets[e]), len(edges)) for j in range(size)
-    ]
+def run_classes(size: int, selections: Sequence) -> tuple[list, list[int]]:
+    """The same for sequences of slices (or prefixes): one class per run of equal membership.
+
+    Runs are numbered as they lie, so that classes ascend along the axis, as kernels want them; a
+    class stands for the set of those choices that hold it. What follows the last is outside.
+    """
+    held = [set(_elements(size, selection)) for selection in selections]
+    edges: list[tuple[bool, ...]] = []
+    classes = []
+    for j in range(size):
+        here = tuple(j in elements for elements in held)
+        if not edges or edges[-1] != here:
+            edges.append(here)
+        classes.append(len(edges) - 1)
+    if edges and not any(edges[-1]):
+        edges.pop()
     return edges, classes
 
 
-def _elements(size: int, selection) -> list[int]:
+def _elements(size: int, selection) -> Iterable[int]:
     if isinstance(selection, int):
-        return list(range(selection))
-    return [j for bounds in selection for j in range(size)[slice(*bounds)]]
+        return range(selection)
+    return itertools.chain.from_iterable(range(size)[slice(*bounds)] for bounds in selection)
 
 
 def _frozen(choices) -> tuple[tuple, ...]:
@@ -102,20 +111,23 @@ def make_grid(
 
 
 def _make(shape, choices, device, dtype, centred_from) -> Grid:
-    edges, classes = [], []
+    held, classes = [], []  # held[axis][choice]: the set of blocks that the choice covers
     for axis, size in enumerate(shape):
         sizes = [choice[axis] for choice in choices]
-        if not all(isinstance(s, int) for s in sizes):
-            cut = selected_classes
-        else:
+        if all(isinstance(s, int) for s in sizes):
             cut = prefix_classes if axis < centred_from else centre_classes
-        axis_edges, axis_classes = cut(size, sizes)
-        edges.append(axis_edges)
+            edges, axis_classes = cut(size, sizes)
+            held.append([[s >= edge for edge in edges] for s in sizes])
+        else:
+            edges, axis_classes = run_classes(size, sizes)
+            held.append([[edge[k] for edge in edges] for k in range(len(sizes))])
         classes.append(torch.tensor(axis_classes, dtype=torch.int32, device=device))
-    ranks = [[e.index(c) for e, c in zip(edges, choice, strict=True)] for choice in choices]
-    blocks = tuple(map(len, edges))
+    blocks = tuple(len(choices_held[0]) for choices_held in held)
     rows = [
-        [float(all(r >= b for r, b in zip(rank, block, strict=True))) for rank in ranks]
+        [
+            float(all(axis[k][b] for axis, b in zip(held, block, strict=True)))
+            for k in range(len(choices))
+        ]
         for block in itertools.product(*map(range, blocks))
     ]
     membership = torch.tensor(rows, dtype=dtype, device=device).reshape(-1, len(choices))
@@ -156,8 +168,6 @@ def check_choices(choices, alpha, shape: Sequence[int], axes: Sequence[str]) -> 
             raise ValueError(f"choices[{number}]: expected {_form(axes)}, got {tuple(choice)}")
         for axis, value, size in zip(axes, choice, shape, strict=True):
             check_size(f"choices[{number}]: {axis}", value, size)
-    for axis, size, *values in zip(axes, shape, *choices, strict=True):
-        check_nested(f"choices: {axis}", values, size)
     check_alpha("alpha", alpha, len(choices))
     if len(_checked) >= _CACHE_SIZE:
         _checked.clear()
@@ -183,7 +193,6 @@ def check_sizes(axis: str, sizes, alpha, size: int) -> None:
         raise ValueError(f"{axis}s: is empty; a mixture needs at least one choice")
     for number, value in enumerate(sizes):
         check_size(f"{axis}s[{number}]", value, size)
-    check_nested(f"{axis}s", sizes, size)
     check_alpha(f"alpha_{axis}", alpha, len(sizes))
 
 
@@ -196,15 +205,6 @@ def check_size(name: str, value, size: int) -> None:
         raise TypeError(f"{name}: expected an int, got {value!r}")
     if not 0 <= value <= size:
         raise ValueError(f"{name}: is {value}, outside 0..{size}, the weight's size")
-
-
-def check_nested(name: str, values, size: int) -> None:
-    """Require that of any two selections of an axis one holds the other, as prefixes do."""
-    if all(isinstance(value, int) for value in values):
-        return
-    sets = sorted((set(_elements(size, s)) for (s,) in _frozen([v] for v in values)), key=len)
-    if not all(a <= b for a, b in itertools.pairwise(sets)):
-        raise ValueError(f"{name}: the selections are not nested; each must hold the smaller ones")
 
 
 def check_alpha(name: str, alpha, count: int) -> None:

@@ -253,10 +253,10 @@ class Joint:
                 tuple(a.selection_at(point) if isinstance(a, Size) else a for a in self.axes)
                 for point in points(dims)
             )
-        alpha = dims[0].alpha
-        for dim in dims[1:]:
-            alpha = (alpha[:, None] * dim.alpha).flatten()  # type: ignore[index]
-        return Mixture(self._choices[key], alpha)  # type: ignore[arg-type]
+        alpha, *others = [dim.alpha for dim in dims if dim.alpha is not None]
+        for other in others:
+            alpha = (alpha[:, None] * other).flatten()
+        return Mixture(self._choices[key], alpha)
 
 
 def dims_of(*axes: Size | int) -> tuple[Dim, ...]:

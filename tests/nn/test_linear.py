@@ -3,12 +3,15 @@
 import copy
 import io
 import pickle
+import random
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from weightshare.nn import EntangledLinear, SlicedLinear
+from weightshare.nn import EntangledLinear, Linear, SlicedLinear
+from weightshare.sizes import Blocks, Interleaved, Size, dims_of, points
+from weightshare.space import SearchSpace
 
 from weightshare_kernels import sliced_linear
 
@@ -372,3 +375,114 @@ def test_mixture_compiles_to_one_graph():
         torch.autograd.grad(got.sum(), alpha), torch.autograd.grad(wanted.sum(), alpha)
     )
     torch._dynamo.reset()
+
+
+class TestLinear:
+    """A linear layer bound to a search space."""
+
+    @pytest.fixture
+    def space(self):
+        return SearchSpace(embed=[8, 16, 24], ratio=[1, 2], heads=[1, 2, 3])
+
+    def layers(self, space):
+        torch.manual_seed(0)
+        embed, heads = space["embed"], space["heads"]
+        kind = dict(dtype=torch.float64)
+        return {
+            "fc1": Linear(embed, embed * space["ratio"], **kind),
+            "qkv": Linear(embed, Blocks([heads * 4] * 3, [12] * 3), **kind),
+            "interleaved": Linear(embed, Interleaved(heads * 4, 3), bias=False, **kind),
+            "proj": Linear(heads * 4, embed, **kind),
+            "head": Linear(embed, 10, **kind),
+        }
+
+    @pytest.mark.parametrize("name", ["fc1", "qkv", "interleaved", "proj", "head"])
+    def test_follows_the_active_subnet_and_exports_it(self, space, name):
+        layer = self.layers(space)[name]
+        for seed in range(4):
+            space.activate(space.sample(random.Random(seed)))
+            plain = layer.export()
+            x = torch.randn(3, layer.active_in_features, dtype=torch.float64)
+            torch.testing.assert_close(layer(x), plain(x))
+            assert type(plain) is nn.Linear
+            assert plain.out_features == layer.active_out_features == layer(x).shape[-1]
+            out, in_ = layer.active
+            rows = list(out) if isinstance(out, tuple) else out
+            assert torch.equal(plain.weight, pick(pick(layer.weight, 0, rows), 1, in_))
+
+    @pytest.mark.parametrize("mixed", [("embed", "ratio", "heads"), ("embed",), ("heads", "ratio")])
+    @pytest.mark.parametrize("name", ["fc1", "qkv", "interleaved", "proj", "head"])
+    def test_mixture_is_the_padded_sum_of_all_choices(self, space, name, mixed):
+        layer = self.layers(space)[name]
+        space.activate(space.arch(embed=16, heads=2))
+        logits = {
+            n: torch.randn(len(space[n].choices), dtype=torch.float64, requires_grad=True)
+            for n in mixed
+        }
+        alphas = {n: value.softmax(0) for n, value in logits.items()}
+        space.mix(alphas)
+        weight, bias = 0, 0
+        for point in points([space[n] for n in mixed]):
+            rows, cols = (
+                pick(torch.arange(size), 0, part if not isinstance(part, tuple) else list(part))
+                for size, part in (
+                    (axis.max, axis.selection_at(point))
+                    if isinstance(axis, Size)
+                    else (axis, slice(None))
+                    for axis in (layer.rows, layer.cols)
+                )
+            )
+            factor = torch.stack([alphas[d.name][d.index(v)] for d, v in point.items()]).prod()
+            mask = torch.zeros_like(layer.weight)
+            mask[rows[:, None], cols] = 1
+            weight = weight + factor * mask * layer.weight
+            if layer.bias is not None:
+                bias = bias + factor * mask[:, cols[0]] * layer.bias
+        # An axis that is not mixed keeps its active width.
+        width = layer.cols.value if not layer.cols.mixed else layer.in_features
+        x = torch.randn(3, width, dtype=torch.float64)
+        wanted = F.pad(x, (0, layer.in_features - width)) @ weight.t() + bias
+        if isinstance(layer.rows, Size) and not layer.rows.mixed:
+            out = layer.rows.selection
+            wanted = pick(wanted, 1, list(out) if isinstance(out, tuple) else out)
+        torch.testing.assert_close(layer(x), wanted)
+        used = [logits[n] for n in mixed if space[n] in dims_of(layer.rows, layer.cols)]
+        leaves, g = [layer.weight, *used], torch.randn_like(wanted)
+        if not used:
+            return
+        ours = torch.autograd.grad(layer(x), leaves, g, retain_graph=True)
+        torch.testing.assert_close(ours, torch.autograd.grad(wanted, leaves, g))
+
+    def test_takes_over_a_linear_and_its_parameters(self, space):
+        plain = nn.Linear(30, 24).eval()
+        layer = Linear.from_linear(plain, space["embed"], space["heads"] * 8)
+        assert layer.weight is plain.weight and not layer.training
+        space.activate(space.smallest())
+        assert layer(torch.randn(2, 8)).shape == (2, 8)
+        with pytest.raises(ValueError, match=r"in_features: up to 24, but the layer has 16"):
+            Linear.from_linear(nn.Linear(16, 24), space["embed"], 24)
+
+    def test_the_space_says_what_is_active(self, space):
+        layer = Linear(space["embed"], 10)
+        with pytest.raises(TypeError, match=r"use SearchSpace\.activate"):
+            layer.set_active(out=3)
+        twin, twin_space = copy.deepcopy((layer, space))
+        twin_space.activate(twin_space.smallest())
+        assert (layer.active_in_features, twin.active_in_features) == (24, 8)
+
+    def test_one_graph_serves_all_subnets(self, space):
+        model = self.layers(space)["qkv"]
+        graphs = []
+
+        def count(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+            compiled = torch.compile(model, backend=count, dynamic=True, fullgraph=True)
+            for seed in range(12):
+                space.activate(space.sample(random.Random(seed)))
+                x = torch.randn(5, space["embed"].value, dtype=torch.float64)
+                torch.testing.assert_close(compiled(x), model(x))
+        assert len(graphs) <= 2, "one more is for sizes that happen to be equal"

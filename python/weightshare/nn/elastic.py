@@ -45,10 +45,27 @@ def take(tensor: Tensor, joint: Joint) -> Tensor:
     """
     if joint.mixed:
         choices, alpha = joint.mixture()
-        return entangle(tensor, choices, alpha)
+        tensor = entangle(tensor, choices, alpha)
     for dim, axis in enumerate(joint.axes):
-        tensor = _part(tensor, dim, axis)
+        tensor = narrow(tensor, dim, axis)
     return tensor
+
+
+def narrow(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
+    """Active part of one dimension; a mixed axis is whole."""
+    if isinstance(axis, Size) and axis.mixed:
+        return tensor
+    return _part(tensor, dim, axis)
+
+
+def widen(x: Tensor, axis: Axis, size: int) -> Tensor:
+    """Put the active part of the last dimension in its place among zeros; inverse of narrow."""
+    if x.shape[-1] == size or not isinstance(axis, Size):
+        return x
+    chosen = select("axis", axis.selection, size, x.device)
+    if chosen.index is None:
+        return nn.functional.pad(x, (chosen.start, size - chosen.start - chosen.length))
+    return x.new_zeros(*x.shape[:-1], size).index_copy(-1, chosen.index, x)
 
 
 def copy(tensor: Tensor, joint: Joint) -> Tensor:
@@ -68,7 +85,10 @@ def copy_parameter(parameter: nn.Parameter, joint: Joint) -> nn.Parameter:
 def _part(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
     if not isinstance(axis, Size):
         return tensor
-    chosen = select("axis", axis.selection, tensor.shape[dim], tensor.device)
+    prefix = axis.selection
+    if isinstance(prefix, int):  # asking whether it is the whole axis would be a guard on its size
+        return tensor.narrow(dim, 0, prefix)
+    chosen = select("axis", prefix, tensor.shape[dim], tensor.device)
     if chosen.index is not None:
         return tensor.index_select(dim, chosen.index)
     return view(tensor, dim, chosen)

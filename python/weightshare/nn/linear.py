@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from weightshare.nn.elastic import selection, total
+from weightshare.nn.elastic import narrow, selection, total, widen
 from weightshare.sizes import Joint, Size, dims_of
 from weightshare_kernels import (
     _grid,
@@ -337,17 +337,25 @@ class Linear(SlicedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Linear layer of the active part, or of the mixture."""
+        return self._linear(x, self.bias)
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if not self._joint.mixed:
             rows, cols = selection(self.rows), selection(self.cols)
-            return sliced_linear(x, self.weight, self.bias, out=rows, in_=cols)
+            return sliced_linear(x, self.weight, bias, out=rows, in_=cols)
+        # The ops mix whole weights: an axis that is not mixed may be narrower, so it is padded.
+        x = widen(x, self.cols, self.in_features)
+        return narrow(self._mixed(x, bias), -1, self.rows)
+
+    def _mixed(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self._independent and all(axis.mixed for axis in self._independent):
             (outs, alpha_out), (ins, alpha_in) = (a.mixture() for a in self._independent)
             return entangled_linear_independent(
-                x, self.weight, self.bias, [o for (o,) in outs], alpha_out,
+                x, self.weight, bias, [o for (o,) in outs], alpha_out,
                 [i for (i,) in ins], alpha_in,
             )  # fmt: skip
         choices, alpha = self._joint.mixture()
-        return entangled_linear(x, self.weight, self.bias, choices, alpha)
+        return entangled_linear(x, self.weight, bias, choices, alpha)
 
 
 def _check_linear(linear: nn.Linear) -> None:

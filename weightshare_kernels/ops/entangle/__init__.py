@@ -42,7 +42,8 @@ def entangle(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) ->
 
     Args:
         weight: shared weight of 1 or more dimensions ``[O, I, ...]``.
-        choices: K tuples, one size per axis of the weight.
+        choices: K tuples, one size per axis of the weight; on axes 0 and 1 a sequence of slices
+            may stand instead.
         alpha: ``[K]`` mixture coefficients.
 
     Returns:

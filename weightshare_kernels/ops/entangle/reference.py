@@ -39,8 +39,20 @@ def pad_and_sum(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor)
         crop = weight
         pads: list[int] = []
         for axis, (size, full) in enumerate(zip(choice, weight.shape, strict=True)):
+            if not isinstance(size, int):  # pieces are padded where they lie
+                crop = crop * _mask(crop, axis, size)
+                pads = [0, 0, *pads]
+                continue
             start = 0 if axis < 2 else (full - size) // 2
             crop = crop.narrow(axis, start, size)
             pads = [start, full - size - start, *pads]
         total = total + a.to(weight.dtype) * torch.nn.functional.pad(crop, pads)
     return total
+
+
+def _mask(tensor: Tensor, axis: int, pieces: Sequence[slice]) -> Tensor:
+    """One inside the slices of an axis, zero elsewhere; broadcasts over the other axes."""
+    mask = tensor.new_zeros(tensor.shape[axis])
+    for piece in pieces:
+        mask[piece] = 1
+    return mask.view([-1 if d == axis else 1 for d in range(tensor.dim())])

@@ -55,7 +55,8 @@ def entangled_linear(
         x: input ``[..., I]``.
         weight: shared weight ``[O, I]``.
         bias: shared bias ``[O]`` or None.
-        choices: K pairs ``(out, in)`` of prefix sizes.
+        choices: K pairs ``(out, in)`` of prefix sizes. Instead of a size, a sequence of slices
+            may stand: a prefix of each block of a fused qkv.
         alpha: ``[K]`` mixture coefficients.
 
     Returns:
@@ -103,9 +104,9 @@ def entangled_linear_independent(
         x: input ``[..., I]``.
         weight: shared weight ``[O, I]``.
         bias: shared bias ``[O]`` or None, mixed by ``alpha_out``.
-        outs: prefix sizes of the output axis.
+        outs: prefix sizes of the output axis, or sequences of slices.
         alpha_out: ``[len(outs)]`` coefficients.
-        ins: prefix sizes of the input axis.
+        ins: prefix sizes of the input axis, or sequences of slices.
         alpha_in: ``[len(ins)]`` coefficients.
 
     Returns:

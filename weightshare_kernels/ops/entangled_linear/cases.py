@@ -33,6 +33,11 @@ def grid_choices(outs, ins) -> list[tuple[int, int]]:
     return [(o, i) for o in outs for i in ins]
 
 
+def _blocks(length: int) -> list[slice]:
+    """A prefix of each of three blocks of 16."""
+    return [slice(start, start + length) for start in (0, 16, 32)]
+
+
 _TESTS = {
     "coupled": ((3, 5), (48, 40), [(16, 20), (32, 20), (20, 40), (40, 40), (48, 33)]),
     "all_pairs": ((70,), (96, 64), grid_choices((32, 64, 96), (16, 48, 64))),
@@ -42,6 +47,8 @@ _TESTS = {
     "repeated_choice": ((2,), (20, 20), [(12, 12), (12, 12), (20, 8)]),
     "zero_size": ((2,), (20, 20), [(12, 0), (0, 12), (20, 20)]),
     "no_rows": ((0,), (20, 20), [(12, 12), (20, 20)]),
+    "fused_qkv": ((7,), (48, 20), [(_blocks(n), i) for n in (8, 16) for i in (12, 20)]),
+    "interleaved": ((3,), (20, 48), [(12, [slice(i, 24, 3) for i in range(3)]), (20, 48)]),
     "no_bias": ((2, 2), (20, 20), [(12, 12), (20, 20)], False),
 }
 
@@ -84,6 +91,12 @@ CASES = [
     Case(
         "independent_short_of_full",
         _independent_inputs((30,), (48, 40), (16, 30), (10, 33), False),
+        entangled_linear_independent,
+        independent_reference,
+    ),
+    Case(
+        "independent_fused_qkv",
+        _independent_inputs((5,), (48, 40), [_blocks(8), _blocks(16)], (10, 40)),
         entangled_linear_independent,
         independent_reference,
     ),
