@@ -8,7 +8,10 @@ from weightshare_kernels import (
     entangle,
     entangled_linear,
     entangled_linear_independent,
+    expert_mixture_linear,
+    grouped_sliced_linear,
     sliced_linear,
+    sliced_weight,
 )
 
 ROWS, COLS = 12, 10
@@ -42,6 +45,23 @@ GOOD = {
         "alpha": torch.rand(2, requires_grad=True),
     },
 }
+GOOD |= {
+    expert_mixture_linear: lambda: {
+        "x": torch.randn(3, COLS, requires_grad=True),
+        "experts": torch.randn(2, ROWS, COLS, requires_grad=True),
+        "bias": torch.randn(2, ROWS, requires_grad=True),
+        "mix": torch.rand(2, requires_grad=True),
+        "out": 5,
+        "in_": None,
+    },
+    grouped_sliced_linear: lambda: {
+        **linear_tensors(),
+        "sizes": [2, 1],
+        "outs": [5, 12],
+        "ins": [10, 3],
+    },
+}
+ELSEWHERE = {sliced_weight}  # selections are positional: tests/test_sliced_weight.py
 LINEAR = (sliced_linear, entangled_linear, entangled_linear_independent)
 MIXING = (entangled_linear, entangle)
 
@@ -52,6 +72,8 @@ TABLE = [
     (LINEAR, "x", [[1.0] * COLS], T, "x: .*tensor.*list"),
     (LINEAR, "x", torch.ones(3, COLS, dtype=torch.int64), T, "x: .*floating.*int64"),
     (LINEAR, "x", torch.ones(3, COLS, dtype=torch.complex64), T, "x: .*floating.*complex64"),
+    ((grouped_sliced_linear,), "sizes", [2, 2], V, "sizes: add up to 4, but x has 3 rows"),
+    ((expert_mixture_linear,), "mix", torch.rand(3), V, r"mix: .*\(2,\).*\(3,\)"),
     (LINEAR, "x", torch.tensor(1.0), V, "x: .*scalar"),
     (LINEAR, "x", torch.randn(3, COLS + 1), V, "x: .*11.*10"),
     (LINEAR, "x", torch.randn(COLS, 3), V, "x: .*3.*10"),
@@ -125,7 +147,7 @@ BAD = [
 def test_every_public_op_is_here():
     from weightshare_kernels.ops import __all__ as public
 
-    assert {op.__name__ for op in GOOD} == set(public)
+    assert {op.__name__ for op in GOOD.keys() | ELSEWHERE} == set(public)
     assert {op for row in TABLE for op in row[0]} == set(GOOD)
     assert all(hasattr(weightshare_kernels, name) for name in public)
 

@@ -271,14 +271,19 @@ def product(
         tile,
     )  # fmt: skip
     if split > 1:
-        block = 1024
-        launch(
-            _add_parts_kernel,
-            (triton.cdiv(m * n, block),),
-            (out, bias, c, m * n, n, split, block),
-            Tile(1, block, 1, stages=1),
-        )
+        add_parts(out, bias, c)
     return c.view(*lead, n)
+
+
+def add_parts(parts: Tensor, bias: Tensor | None, c: Tensor) -> None:
+    """``c [m, n] = sum of parts [split, m, n] (+ bias [n])``."""
+    block = 1024
+    launch(
+        _add_parts_kernel,
+        (triton.cdiv(c.numel(), block),),
+        (parts, bias, c, c.numel(), c.shape[1], parts.shape[0], block),
+        Tile(1, block, 1, stages=1),
+    )
 
 
 def outer_(

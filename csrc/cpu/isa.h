@@ -9,13 +9,16 @@
 #include <type_traits>
 #include <utility>
 
+#include "cpu/grouped.h"
 #include "cpu/product.h"
 
 namespace weightshare::baseline {
 #define WS_BYTES 16
 #define WS_ROWS 6
+#include "cpu/mixture.inl"
 #include "cpu/product.inl"
 #include "cpu/entangle.inl"
+#include "cpu/grouped.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::baseline
@@ -30,8 +33,10 @@ namespace weightshare::baseline {
 namespace weightshare::avx2 {
 #define WS_BYTES 32
 #define WS_ROWS 6
+#include "cpu/mixture.inl"
 #include "cpu/product.inl"
 #include "cpu/entangle.inl"
+#include "cpu/grouped.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::avx2
@@ -48,8 +53,10 @@ namespace weightshare::avx2 {
 namespace weightshare::avx512 {
 #define WS_BYTES 64
 #define WS_ROWS 14
+#include "cpu/mixture.inl"
 #include "cpu/product.inl"
 #include "cpu/entangle.inl"
+#include "cpu/grouped.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::avx512

@@ -1,7 +1,7 @@
 // Matrix products that read a shared weight in place: rows and columns picked by tables, tiles
-// scaled by a grid of factors, results scattered back. Frameworks gather, scale and scatter in
-// passes of their own; here that happens while the panels of the product are packed, which a
-// product has to do anyway.
+// scaled by a grid of factors or summed over experts, results scattered back. Frameworks gather,
+// scale and scatter in passes of their own; here that happens while the panels of the product are
+// packed, which a product has to do anyway.
 //
 // Compiled once per instruction set (see isa.h) and chosen at run time.
 #pragma once
@@ -36,6 +36,18 @@ struct Factors {
   const S* row(int64_t r) const { return table ? table + classes[r] * stride : nullptr; }
 };
 
+// Experts: matrices `step` elements apart, of which row r of expert e counts factors[e * pitch +
+// r].
+template <class S>
+struct Mixture {
+  int64_t count = 0;
+  int64_t step = 0;
+  const S* factors = nullptr;
+  int64_t pitch = 0;
+
+  S factor(int64_t e, int64_t r) const { return factors[e * pitch + r]; }
+};
+
 // How a result tile leaves the product; R is the type it is stored in, T that of the operands.
 template <class T, class R = T>
 struct Result {
@@ -46,6 +58,10 @@ struct Result {
   // Where given: sums[classes[r] * stride + c] += product(r, c) * weight(r, c), before factors.
   Sum<T>* sums = nullptr;
   Matrix<const T> weight{};
+  // Where given, the result is the gradient of a mixed weight: expert e of `out` gets it times its
+  // factors, and sums[e * pitch + r] += product(r, c) * weight_e(r, c).
+  Mixture<Sum<T>> mixture{};
+  int64_t out_step = 0;  // elements from one expert of `out` to the next
 };
 
 // result[m, n] = sum_k a(m, k) * b(k, n). `a_by_k` and `b_by_k` tell which way an operand lies:
@@ -58,6 +74,7 @@ struct Product {
   Matrix<const T> b;
   bool b_by_k;
   Factors<Sum<T>> b_factors{};
+  Mixture<Sum<T>> b_mixture{};  // b is the first of experts, of which the sum is multiplied
   Result<T, R> result;
 };
 

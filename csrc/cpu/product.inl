@@ -143,13 +143,13 @@ inline void read_run(const Matrix<const T>& from, const Sum<T>* scale, const T* 
 // Packs a panel: lanes j in [j0, j0 + count), depth k in [k0, k0 + depth), as to[k * pitch + j].
 // Lanes up to `pitch` hold anything readable: their products are never stored.
 template <class T>
-void pack_across(const Matrix<const T>& from, const Factors<Sum<T>>& factors, int64_t j0,
-                 int64_t count, int64_t k0, int64_t depth, int64_t pitch, Sum<T>* to,
-                 Sum<T>* line) {
+void pack_across(const Matrix<const T>& from, const Factors<Sum<T>>& factors,
+                 const Mixture<Sum<T>>& mixture, int64_t j0, int64_t count, int64_t k0,
+                 int64_t depth, int64_t pitch, Sum<T>* to, Sum<T>* line) {
   using S = Sum<T>;
   constexpr int L = Tile<S>::kLanes;
   const bool direct = std::is_same_v<T, S> && from.cols == nullptr && from.col_stride == 1 &&
-                      factors.table == nullptr;
+                      factors.table == nullptr && mixture.count == 0;
   for (int64_t group = 0; group < count; group += L) {
     const S* lines[L];
     for (int64_t j = 0; j < L; ++j) {
@@ -159,8 +159,13 @@ void pack_across(const Matrix<const T>& from, const Factors<Sum<T>>& factors, in
         lines[j] = reinterpret_cast<const S*>(from.row(j0 + group + j)) + k0;
       } else {
         const int64_t r = j0 + group + j;
-        read_run(from, factors.row(r), from.row(r), k0, depth, line + j * Tile<S>::kK);
-        lines[j] = line + j * Tile<S>::kK;
+        S* here = line + j * Tile<S>::kK;
+        if (mixture.count > 0) {
+          read_mixture(from, mixture, r, k0, depth, here);
+        } else {
+          read_run(from, factors.row(r), from.row(r), k0, depth, here);
+        }
+        lines[j] = here;
       }
     }
     int64_t k = 0;
@@ -174,9 +179,26 @@ void pack_across(const Matrix<const T>& from, const Factors<Sum<T>>& factors, in
 // Packs panels of W lanes, `apart` elements from one another, from rows that run over k: each row
 // is read in one go, so that a run is as long as the block is wide.
 template <int W, class T>
-void pack_along(const Matrix<const T>& from, const Factors<Sum<T>>& factors, int64_t j0,
-                int64_t count, int64_t k0, int64_t depth, int64_t pitch, Sum<T>* to,
-                int64_t apart) {
+void pack_along(const Matrix<const T>& from, const Factors<Sum<T>>& factors,
+                const Mixture<Sum<T>>& mixture, int64_t j0, int64_t count, int64_t k0,
+                int64_t depth, int64_t pitch, Sum<T>* to, int64_t apart) {
+  if (mixture.count > 0) {
+    for (int64_t k = 0; k < depth; ++k) {
+      Sum<T>* panel = to + k * pitch;
+      if (k + 2 < depth && from.cols == nullptr) {
+        const T* ahead = from.row(k0 + k + 2) + j0 * from.col_stride;
+        for (int64_t e = 0; e < mixture.count; ++e, ahead += mixture.step) {
+          for (int64_t j = 0; j < count; j += 64 / sizeof(T)) __builtin_prefetch(ahead + j);
+        }
+      }
+      int64_t j = 0;
+      for (; j + W <= count; j += W, panel += apart) {
+        read_mixture<W>(from, mixture, k0 + k, j0 + j, W, panel);
+      }
+      if (j < count) read_mixture(from, mixture, k0 + k, j0 + j, count - j, panel);
+    }
+    return;
+  }
   for (int64_t k = 0; k < depth; ++k, to += pitch) {
     const T* row = from.row(k0 + k);
     const Sum<T>* scale = factors.row(k0 + k);
@@ -243,7 +265,7 @@ template <class T, class R>
 bool writes_direct(const Result<T, R>& r) {
   return std::is_same_v<R, Sum<T>> && (r.bias == nullptr || std::is_same_v<T, R>) &&
          r.out.cols == nullptr && r.out.col_stride == 1 && r.factors.table == nullptr &&
-         r.sums == nullptr;
+         r.sums == nullptr && r.mixture.count == 0;
 }
 
 // Computes the rows [m0, m1) and columns [n0, n1) of a product; needs no other thread.
@@ -286,26 +308,32 @@ void product(const Product<T, R>& p, int64_t m0, int64_t m1, int64_t n0, int64_t
           const int64_t first = t * m / tiles, rows = (t + 1) * m / tiles - first;
           S* panel = scratch.a + t * G::kStep * G::kK;
           if (p.a_by_k) {
-            pack_along<G::kStep, T>(p.a, {}, mb + first, rows, kb, k, G::kStep, panel, 0);
+            pack_along<G::kStep, T>(p.a, {}, {}, mb + first, rows, kb, k, G::kStep, panel, 0);
           } else {
-            pack_across<T>(p.a, {}, mb + first, rows, kb, k, G::kStep, panel, scratch.line);
+            pack_across<T>(p.a, {}, {}, mb + first, rows, kb, k, G::kStep, panel, scratch.line);
           }
         }
         if (p.b_by_k) {  // all panels first, then row after row of the result
-          pack_along<G::kCols>(p.b, p.b_factors, nb, n, kb, k, G::kCols, scratch.b, apart);
+          pack_along<G::kCols>(p.b, p.b_factors, p.b_mixture, nb, n, kb, k, G::kCols, scratch.b,
+                               apart);
           for (int64_t t = 0; t < tiles; ++t) {
             for (int64_t j = 0; j < n; j += G::kCols) tile(t, j);
           }
         } else {  // panel by panel, used while it is in the L1 cache
           for (int64_t j = 0; j < n; j += G::kCols) {
-            pack_across<T>(p.b, p.b_factors, nb + j, std::min<int64_t>(G::kCols, n - j), kb, k,
-                           G::kCols, scratch.b + j / G::kCols * apart, scratch.line);
+            pack_across<T>(p.b, p.b_factors, p.b_mixture, nb + j,
+                           std::min<int64_t>(G::kCols, n - j), kb, k, G::kCols,
+                           scratch.b + j / G::kCols * apart, scratch.line);
             for (int64_t t = 0; t < tiles; ++t) tile(t, j);
           }
         }
       }
       if (p.k == 0) std::fill_n(scratch.sums, m * n_block, S{});
-      finish(p.result, scratch.sums, n_block, mb, m, nb, whole, n);
+      if (p.result.mixture.count > 0) {
+        finish_mixture(p.result, scratch.sums, n_block, mb, m, nb, n);
+      } else {
+        finish(p.result, scratch.sums, n_block, mb, m, nb, whole, n);
+      }
     }
   }
 }
