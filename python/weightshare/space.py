@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
@@ -158,6 +159,17 @@ class SearchSpace(Mapping[str, "Dim | tuple[Dim, ...]"]):
             dim.alpha = None
             dim.set(checked[name])
 
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """On leaving, what is active or mixed now is so again."""
+        before = [(dim, dim.value, dim.alpha) for dim in self.dims.values()]
+        try:
+            yield
+        finally:
+            for dim, value, alpha in before:
+                dim.set(value)
+                dim.alpha = alpha
+
     @property
     def active(self) -> ArchConfig:
         """The active architecture."""
@@ -187,16 +199,21 @@ class SearchSpace(Mapping[str, "Dim | tuple[Dim, ...]"]):
     def restrict(self, name: str, allowed: Sequence[Value]) -> None:
         """Narrow what samplers may take of one dim, as a supernet splitter does.
 
+        Args:
+            name: a dim, or a :class:`PerLayer` field: all its dims.
+            allowed: the choices that are left.
+
         Raises:
-            ValueError: the dim is unknown, or the list is empty or holds no choice of it.
+            ValueError: the name is unknown, or the list is empty or holds no choice of it.
         """
-        if name not in self.dims:
+        field = self._fields.get(name, self.dims.get(name))
+        if field is None:
             raise ValueError(f"{name}: no such dimension; the space has {', '.join(self.dims)}")
-        dim = self.dims[name]
-        keep = {dim.index(value) for value in allowed}
-        if not keep:
-            raise ValueError(f"{name}: nothing is left of {list(dim.choices)}")
-        dim.allowed = tuple(dim.choices[i] for i in sorted(keep))
+        for dim in field if isinstance(field, tuple) else (field,):
+            keep = {dim.index(value) for value in allowed}
+            if not keep:
+                raise ValueError(f"{name}: nothing is left of {list(dim.choices)}")
+            dim.allowed = tuple(dim.choices[i] for i in sorted(keep))
 
     def to_dict(self) -> dict:
         """Fields and choices as plain data, for a checkpoint."""
