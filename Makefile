@@ -38,7 +38,7 @@ $(VENV)/.torch: constraints/torch-cpu.txt constraints/torch-cuda.txt constraints
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
 	@echo "installing the package and its tools"
 	@WEIGHTSHARE_BUILD=none $(PIP) install -qq --no-build-isolation -c constraints/tools.txt \
-	  -e '.[test,bench,demo]'
+	  -e '.[test,bench,demo,search,transformers]'
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.package $(NATIVE)
@@ -52,6 +52,13 @@ $(VENV)/.tools: $(VENV)/.package
 	  -e '.[lint,docs]'
 	@touch $@
 
+# In a folder of their own, see there. Without them the tests that need one are skipped, and say so.
+$(VENV)/.peers: $(VENV)/.package constraints/peers.txt constraints/tools.txt
+	@echo "installing the libraries that tests compare with"
+	@$(PIP) install -qq --no-deps --upgrade --target $(VENV)/peers -r constraints/peers.txt && \
+	  touch $@ || echo "Not all of constraints/peers.txt can be had from the configured package" \
+	  "indexes; the tests that compare with other libraries will be skipped."
+
 install: $(VENV)/.native ## create .venv: torch, the package (editable), its native code
 	@$(RUN) -m weightshare_kernels.info --brief
 
@@ -62,7 +69,7 @@ demo: install ## train one network that serves many sizes, on real data (2 minut
 
 PYTEST := $(BIN)/pytest
 
-test: install ## the whole suite, then the op tests on the other backends
+test: install $(VENV)/.peers ## the whole suite, then the op tests on the other backends
 	@failed=; \
 	run() { echo "== pytest $$*"; $(PYTEST) "$$@" || failed="$$failed\n  pytest $$*"; }; \
 	run; \

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -28,6 +29,9 @@ from torch import Tensor
 
 from weightshare_kernels import _register
 from weightshare_kernels._cases import Case, Inputs, Maker, Workload, all_cases, leaves
+
+sys.path.insert(0, str(Path(__file__).parent))  # where this runs as benchmarks.run
+import blocks
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -283,13 +287,13 @@ def judge(case: Case, record: dict) -> dict[str, dict]:
     """Each promised bar: what was wanted, what was got, whether it is met.
 
     ``baseline`` or ``baseline:phase`` is a least ratio of medians, baseline / ours; ``saved`` is
-    the most bytes saved for backward, ours / floor.
+    the most bytes saved for backward, ours / floor, or ours / baseline in ``saved:baseline``.
     """
     verdicts = {}
     for bar, wanted in case.bars.items():
         name, _, phase = bar.partition(":")
         if name == "saved":
-            floor = record["variants"][record["floor"]]["saved_bytes"]
+            floor = record["variants"][phase or record["floor"]]["saved_bytes"]
             got = record["variants"]["ours"]["saved_bytes"] / max(floor, 1)
             met = got <= wanted
         else:
@@ -389,6 +393,11 @@ def table_of(op: str, records: dict[str, dict]) -> Table:
     return table
 
 
+def every_case() -> dict[str, list[Case]]:
+    """The ops' cases, and those of whole blocks, by name."""
+    return all_cases("bench") | {"blocks": blocks.CASES}
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks/run.py", description=__doc__)
     parser.add_argument("--ops", nargs="*", help="ops to measure (default: all)")
@@ -402,7 +411,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="5 rounds per case")
     parser.add_argument("--compile", action="store_true", help="torch.compile'd variants, too")
     options = parser.parse_args(argv)
-    unknown = set(options.ops or ()) - set(all_cases())
+    unknown = set(options.ops or ()) - set(every_case())
     if unknown:
         parser.error(f"--ops: no op named {', '.join(sorted(unknown))}")
     return options
@@ -414,7 +423,7 @@ def main(argv: list[str] | None = None) -> int:
     console, failed, verdicts = Console(), [], []
     deadline = time.monotonic() + options.time_limit
     folder = options.out / machine(options.device)
-    for op, cases in all_cases("bench").items():
+    for op, cases in every_case().items():
         records = {}
         for case in cases:
             if (options.ops and op not in options.ops) or not re.search(options.cases, case.name):

@@ -1,23 +1,17 @@
 """Against code we did not write: other libraries' sliced and mixed weights, where installed.
 
-``pip install --no-deps nni==3.0 whittle==0.6.0 litgpt==0.5.12`` and what their imports then ask
-for; neither is needed by this library, and both pin versions that it does not.
+``make test`` installs them (constraints/peers.txt); this library needs none of them.
 """
-
-import importlib
 
 import pytest
 import torch
+from peers import peer
+from torch import nn
+from weightshare.nn import Linear, MultiheadAttention
+from weightshare.sizes import points
+from weightshare.space import SearchSpace
 
 from weightshare_kernels import entangle, entangled_linear, sliced_linear
-
-
-def peer(module):
-    """The peer's module, or a skip that says what is missing."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        pytest.skip(f"{module.split('.')[0]} cannot be imported: {error}")
 
 
 @pytest.fixture
@@ -28,6 +22,11 @@ def nni():
 @pytest.fixture
 def whittle():
     return peer("whittle.modules.linear")
+
+
+@pytest.fixture
+def modelopt():
+    return peer("modelopt.torch.nas.registry")
 
 
 def parameters(*shapes):
@@ -88,3 +87,40 @@ def test_sliced_linear(whittle, out, in_):
     (x,) = parameters((2, 5, counts[1]))
     ours = sliced_linear(x, layer.weight, layer.bias, out=out, in_=in_)
     assert_same(ours, layer(x), [x, layer.weight, layer.bias])
+
+
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (4, 2), (4, 1)])
+def test_attention(whittle, heads, groups):
+    """Multi-head, grouped-query and multi-query attention of every legal subnet."""
+    config = peer("litgpt").Config(
+        n_embd=24, n_head=heads, n_query_groups=groups, head_size=8, n_layer=1, bias=True,
+        rotary_percentage=1.0, padded_vocab_size=8, norm_class_name="RMSNorm",
+    )  # fmt: skip
+    theirs = peer("whittle.models.gpt.blocks.causal_self_attention").CausalSelfAttention(config, 0)
+    powers = (1, 2, 4)
+    kv, share = ([n for n in powers if n <= most] for most in (groups, heads // groups))
+    space = SearchSpace(embed=[12, 24], kv=kv, share=share)  # share: query heads of a key head
+    ours = MultiheadAttention(space["embed"], space["kv"] * space["share"], 8, space["kv"])
+    ours.load_state_dict(theirs.state_dict())
+    cos, sin = torch.ones(1, 5, 8), torch.zeros(1, 5, 8)  # no rotation
+    for point in points(space.dims.values()):
+        arch = {dim.name: value for dim, value in point.items()}
+        space.activate(arch)
+        theirs.set_sub_network(arch["embed"], arch["kv"] * arch["share"], arch["kv"], 8)
+        x = torch.randn(2, 5, arch["embed"])
+        torch.testing.assert_close(ours(x, is_causal=True), theirs(x, cos, sin))
+
+
+def test_dynamic_linear(modelopt):
+    """A space sets both axes of a layer, as their hyperparameters do."""
+    plain = nn.Linear(16, 12, dtype=torch.float64)
+    space = SearchSpace(out=[3, 7, 12], in_=[4, 9, 16])
+    ours = Linear.from_linear(plain, space["in_"], space["out"])
+    weight, bias = plain.weight, plain.bias
+    theirs = modelopt.DMRegistry.convert(plain)
+    for out in space["out"].choices:
+        for in_ in space["in_"].choices:
+            theirs.out_features, theirs.in_features = out, in_
+            space.activate({"out": out, "in_": in_})
+            (x,) = parameters((5, in_))
+            assert_same(ours(x), theirs(x), [x, weight, bias])

@@ -123,7 +123,9 @@ def _make(name: str, spec, size: int, device: torch.device, trusted: bool = Fals
     if not trusted:
         _key(name, spec)
     pieces = [spec] if isinstance(spec, slice) else list(spec)
-    ranges = _merge([_range(name, piece, size) for piece in pieces])
+    ranges = [_range(name, piece, size) for piece in pieces]
+    if not trusted:  # in a trace, whether pieces meet would be a guard on their sizes
+        ranges = _merge(ranges)
     if not ranges:
         return Axis(0, 0, None)
     if len(ranges) == 1 and ranges[0][2] == 1:

@@ -62,6 +62,9 @@ class SearchSpace(Mapping[str, "Dim | tuple[Dim, ...]"]):
         choices: name -> choices (a sequence of numbers), or :class:`PerLayer` for one dim per
             layer; ``space["ratio"]`` is then a tuple of dims.
 
+    Attributes:
+        dims: every dim by its own name, such as ``ratio.3``.
+
     Raises:
         TypeError, ValueError: choices are empty, repeat, or are no numbers; names the field.
 
@@ -80,6 +83,8 @@ class SearchSpace(Mapping[str, "Dim | tuple[Dim, ...]"]):
                 self._fields[name] = tuple(Dim(n, field.choices) for n in names)
             else:
                 self._fields[name] = Dim(name, field)
+        flat = (f if isinstance(f, tuple) else (f,) for f in self._fields.values())
+        self.dims: dict[str, Dim] = {dim.name: dim for dims in flat for dim in dims}
 
     def __getitem__(self, name: str) -> Dim | tuple[Dim, ...]:
         return self._fields[name]
@@ -89,12 +94,6 @@ class SearchSpace(Mapping[str, "Dim | tuple[Dim, ...]"]):
 
     def __len__(self) -> int:
         return len(self._fields)
-
-    @property
-    def dims(self) -> dict[str, Dim]:
-        """Every dim by its own name, such as ``ratio.3``."""
-        flat = (f if isinstance(f, tuple) else (f,) for f in self._fields.values())
-        return {dim.name: dim for dims in flat for dim in dims}
 
     @property
     def count(self) -> int:

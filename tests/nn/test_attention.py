@@ -280,8 +280,9 @@ def test_made_of_existing_layers(kind):
         linear.eval()
     space = SearchSpace(embed=list(D), heads=list(H))
     layout = {"layout": source.layout} if source.fused else {}
+    norm = partial(nn.RMSNorm, dtype=torch.float64)
     layer = MultiheadAttention.from_linears(
-        linears, space["embed"], space["heads"], HEAD, qk_norm=nn.RMSNorm, **layout
+        linears, space["embed"], space["heads"], HEAD, qk_norm=norm, **layout
     )
     assert layer.q_norm.weight.device.type == "cpu" and not layer.training
     for name, linear in linears.items():
@@ -299,7 +300,7 @@ def test_ints_make_a_plain_module():
 
 def test_hooks_and_dropout():
     torch.manual_seed(0)
-    space, layer = make(qk_norm=nn.RMSNorm, dropout=0.5)
+    space, layer = make(qk_norm=partial(nn.RMSNorm, dtype=torch.float64), dropout=0.5)
     space.activate({"embed": 12, "heads": 2})
     x, seen = x_of(12), []
 

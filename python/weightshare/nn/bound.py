@@ -11,11 +11,10 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from weightshare.nn.elastic import Axis, Module, copy, copy_parameter, length, take, total
 from weightshare.sizes import Dim, Joint, Size, Value, dims_of
-from weightshare_kernels import entangle
 
 Attribute = Axis | tuple[Axis, ...]
 
@@ -125,12 +124,14 @@ def unbind(module: nn.Module) -> None:
     found: Bindings = vars(module).pop("_bindings")
     object.__setattr__(module, "__class__", type(module).__bases__[0])
     for name, attribute in found.attributes.items():
-        setattr(module, name, value_of(attribute))
+        setattr(module, name, active_value(attribute))
 
 
-def value_of(attribute: Attribute) -> Any:
-    """Active value of an attribute."""
-    return tuple(map(length, attribute)) if isinstance(attribute, tuple) else length(attribute)
+def active_value(attribute: Attribute) -> Any:
+    """Value of an attribute in the active subnet, whether it is mixed or not."""
+    if isinstance(attribute, tuple):
+        return tuple(map(active_value, attribute))
+    return attribute.value if isinstance(attribute, Size) else attribute
 
 
 def cut(module: nn.Module) -> dict[int, Any]:
@@ -157,7 +158,11 @@ def _bound_class(
 
 
 def _attribute(name: str) -> property:
-    return property(lambda self: value_of(self._bindings.attributes[name]))
+    def get(self):
+        axes = self._bindings.attributes[name]
+        return tuple(map(length, axes)) if isinstance(axes, tuple) else length(axes)
+
+    return property(get)
 
 
 def _tensor(name: str) -> property:
@@ -166,19 +171,9 @@ def _tensor(name: str) -> property:
         if tensor is None:
             return None
         joint = self._bindings.tensors[name]
-        if not joint.mixed:
-            return take(tensor, joint)
-        return tensor if name in self._buffers else _mixture(tensor, joint)
+        return tensor if joint.mixed and name in self._buffers else take(tensor, joint)
 
     return property(get)
-
-
-def _mixture(tensor: Tensor, joint: Joint) -> Tensor:
-    if tensor.dim() < 3:
-        return take(tensor, joint)
-    choices, alpha = joint.mixture()  # as a matrix: of a third axis `entangle` takes the centre
-    flat = tensor.flatten(0, -2)
-    return entangle(flat, [(flat.shape[0], sizes[-1]) for sizes in choices], alpha).view_as(tensor)
 
 
 def _export(self):

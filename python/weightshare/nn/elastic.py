@@ -44,11 +44,20 @@ def take(tensor: Tensor, joint: Joint) -> Tensor:
         joint: its axes.
     """
     if joint.mixed:
-        choices, alpha = joint.mixture()
-        tensor = entangle(tensor, choices, alpha)
+        tensor = _mixture(tensor, joint)
     for dim, axis in enumerate(joint.axes):
         tensor = narrow(tensor, dim, axis)
     return tensor
+
+
+def _mixture(tensor: Tensor, joint: Joint) -> Tensor:
+    choices, alpha = joint.mixture()
+    if tensor.dim() < 3:
+        return entangle(tensor, choices, alpha)
+    if any(isinstance(axis, Size) for axis in joint.axes[:-1]):
+        raise ValueError("of 3 or more axes only the last can be mixed")
+    flat = tensor.flatten(0, -2)  # a matrix: of a third axis `entangle` takes the centre
+    return entangle(flat, [(flat.shape[0], sizes[-1]) for sizes in choices], alpha).view_as(tensor)
 
 
 def narrow(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
