@@ -1,5 +1,6 @@
 """Modules, search spaces and jobs for networks that share one set of weights."""
 
+from weightshare.compiling import one_graph
 from weightshare.convert import convert
 from weightshare.export import export
 from weightshare.rules import Rule
@@ -14,4 +15,5 @@ __all__ = [
     "__version__",
     "convert",
     "export",
+    "one_graph",
 ]

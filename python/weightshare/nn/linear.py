@@ -36,8 +36,7 @@ class SlicedLinear(nn.Linear):
     it is copied and pickled with the module.
 
     Under ``torch.compile`` a new prefix compiles anew, because PyTorch treats integers held by a
-    module as constants; ``torch.compiler.config.allow_unspec_int_on_nn_module = True`` makes one
-    graph serve all prefixes.
+    module as constants; after :func:`weightshare.one_graph` one graph serves all prefixes.
 
     Args:
         in_features: columns of the whole weight.
