@@ -126,9 +126,10 @@ class ExpertMixtureLinear(nn.Module):
     The mixture weights p come from the router, that is from the active architecture, or with the
     call. No mixed weight is made.
 
-    The experts start as copies of one linear layer plus a little noise. Independent experts would
-    average out: their mixture has ``1/M`` of the variance the layer should start with. Exact
-    copies would leave the router without a gradient, as every mixture of them is the same.
+    The experts start as one linear layer plus deviations that sum to zero, so that their even
+    mixture is that layer. Independent experts would average out: their mixture has ``1/M`` of the
+    variance the layer should start with. Exact copies would leave the router without a gradient,
+    and nearly equal ones let it settle on one mixture for all architectures.
 
     Args:
         in_features: a size, or an int where it is fixed.
@@ -165,7 +166,7 @@ class ExpertMixtureLinear(nn.Module):
         bias: bool = True,
         router: ArchRouter | None = None,
         *,
-        noise: float = 0.01,
+        noise: float = 1.0,
         device=None,
         dtype=None,
     ):
@@ -197,7 +198,8 @@ class ExpertMixtureLinear(nn.Module):
             out_features: size of its rows, likewise.
             experts: number of experts M.
             router: as in the constructor.
-            noise: likewise; without any the layer computes at first what ``linear`` does.
+            noise: likewise; without any the layer computes at first what ``linear`` does, and the
+                router learns once the experts have come apart.
 
         Raises:
             TypeError: it is no ``nn.Linear``.
@@ -223,7 +225,9 @@ class ExpertMixtureLinear(nn.Module):
                 continue
             copies = part.detach().expand(experts, *part.shape).clone()
             if noise and name == "experts" and experts > 1:
-                copies += noise * part.detach().std() * torch.randn_like(copies)
+                apart = torch.randn_like(copies)
+                apart -= apart.mean(0)
+                copies += noise * part.detach().std() * (experts / (experts - 1)) ** 0.5 * apart
             setattr(self, name, nn.Parameter(copies, part.requires_grad))
 
     def forward(self, x: Tensor, mix: Tensor | None = None) -> Tensor:
