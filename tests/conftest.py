@@ -8,6 +8,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "cuda-host")
 
 
@@ -42,3 +44,24 @@ def pytest_report_header(config):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     served = {name: _register.backend_of(name, device) for name in _register.OPS}
     return [f"weightshare on {device}: " + ", ".join(f"{k}={v}" for k, v in served.items())]
+
+
+@pytest.fixture
+def traced():
+    """Compile a module whole, once for all its subnets; ``traced.graphs`` is what that took."""
+    import torch
+    from weightshare import one_graph
+
+    def compile_whole(module):
+        return torch.compile(module, backend=backend, dynamic=True, fullgraph=True)
+
+    def backend(graph, _):
+        compile_whole.graphs.append(graph)
+        return graph.forward
+
+    compile_whole.graphs = []
+    torch._dynamo.reset()
+    with torch.compiler.config.patch(dynamic_sources=""):
+        one_graph()
+        yield compile_whole
+    torch._dynamo.reset()

@@ -9,24 +9,6 @@ from weightshare import SearchSpace, one_graph
 from weightshare.nn import MLP, GatedMLP, LayerNorm, MultiheadAttention, RMSNorm, SlicedLinear
 
 
-@pytest.fixture(autouse=True)
-def _as_it_was():
-    torch._dynamo.reset()
-    with torch.compiler.config.patch(dynamic_sources="L['other']"):
-        yield
-
-
-class Counting:
-    """A backend that counts the graphs it is given."""
-
-    def __init__(self):
-        self.graphs = []
-
-    def __call__(self, graph, inputs):
-        self.graphs.append(graph)
-        return graph.forward
-
-
 class Block(nn.Module):
     def __init__(self, space, norm, mlp):
         super().__init__()
@@ -41,35 +23,34 @@ class Block(nn.Module):
 
 
 @pytest.mark.parametrize("parts", [(LayerNorm, MLP), (RMSNorm, GatedMLP)], ids=["vit", "llama"])
-def test_one_graph_serves_all_subnets_of_a_block(parts):
-    one_graph()
+def test_one_graph_serves_all_subnets_of_a_block(parts, traced):
     space = SearchSpace(embed=[24, 32, 40], heads=[2, 3, 4], ratio=[1.5, 2, 3])
     torch.manual_seed(0)
-    block, backend = Block(space, *parts), Counting()
-    compiled = torch.compile(block, backend=backend, dynamic=True, fullgraph=True)
+    block = Block(space, *parts)
+    compiled = traced(block)
     for seed in range(20):
         space.activate(space.sample(random.Random(seed)))
         x = torch.randn(2, 5, space["embed"].value)
         torch.testing.assert_close(compiled(x), block(x))
-    assert len(backend.graphs) == 1
-    code = backend.graphs[0].code
+    assert len(traced.graphs) == 1
+    code = traced.graphs[0].code
     assert "floordiv" not in code, "a symbolic division: head sizes should be constants"
 
 
-def test_layers_with_set_active():
-    one_graph()
-    layer, backend = SlicedLinear(16, 12), Counting()
-    compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
+def test_layers_with_set_active(traced):
+    layer = SlicedLinear(16, 12)
+    compiled = traced(layer)
     for out, in_ in ((5, 7), (12, 16), (3, 8), (11, 4)):
         layer.set_active(out=out, in_=in_)
         x = torch.randn(3, in_)
         torch.testing.assert_close(compiled(x), layer(x))
-    assert len(backend.graphs) == 1
+    assert len(traced.graphs) == 1
 
 
 def test_calling_it_again_changes_nothing_and_other_sources_stay():
-    one_graph()
-    once = torch.compiler.config.dynamic_sources
-    one_graph()
-    assert torch.compiler.config.dynamic_sources == once
-    assert once.split(",")[0] == "L['other']"
+    with torch.compiler.config.patch(dynamic_sources="L['other']"):
+        one_graph()
+        once = torch.compiler.config.dynamic_sources
+        one_graph()
+        assert torch.compiler.config.dynamic_sources == once
+        assert once.split(",")[0] == "L['other']"

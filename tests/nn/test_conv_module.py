@@ -142,28 +142,19 @@ def test_repr_shows_the_active_part():
     assert repr(Conv2d(3, 4, 1)) == repr(nn.Conv2d(3, 4, 1))
 
 
-def test_one_compiled_graph_serves_all_widths():
+def test_one_compiled_graph_serves_all_widths(traced):
     """Widths are symbols; each kernel size has a graph, as convolutions guard on theirs."""
     space = space_()
     net = nn.Sequential(make("depthwise", space), make("kernel", space))
-    graphs = []
-
-    def backend(module, inputs):
-        graphs.append(module)
-        return module
-
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-        compiled = torch.compile(net, backend=backend, dynamic=True, fullgraph=True)
-        after = []
-        for wide in (8, 12, 24, 12):
-            for kernel in (3, 5, 7):
-                space.activate({"wide": wide, "kernel": kernel, "out": 6 if wide == 8 else 10})
-                x = torch.randn(2, wide, 9, 9)
-                torch.testing.assert_close(compiled(x), net(x))
-            after.append(len(graphs))
+    compiled = traced(net)
+    after = []
+    for wide in (8, 12, 24, 12):
+        for kernel in (3, 5, 7):
+            space.activate({"wide": wide, "kernel": kernel, "out": 6 if wide == 8 else 10})
+            x = torch.randn(2, wide, 9, 9)
+            torch.testing.assert_close(compiled(x), net(x))
+        after.append(len(traced.graphs))
     assert after[0] <= 3 and after[-1] <= after[0] + 1, after
-    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("transforms", [False, True])

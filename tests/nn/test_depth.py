@@ -239,7 +239,7 @@ def test_export_keeps_the_kind_of_container():
 
 
 @pytest.mark.parametrize("loop", [False, True])
-def test_compiles_whole_once_per_depth(loop):
+def test_compiles_whole_once_per_depth(loop, traced):
     class Model(nn.Module):
         def __init__(self, layers):
             super().__init__()
@@ -254,23 +254,15 @@ def test_compiles_whole_once_per_depth(loop):
 
     space = SearchSpace(depth=[1, 2], width=[4, 6, 8, 10])
     layers = Layers([Linear(space["width"], space["width"]) for _ in range(2)], space["depth"])
-    model, graphs = Model(layers), []
-
-    def backend(module, _):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-        compiled = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
-        for _ in range(2):
-            for depth in (1, 2):
-                for width in (4, 6, 8, 10):
-                    space.activate({"depth": depth, "width": width})
-                    x = torch.randn(3, width)
-                    torch.testing.assert_close(compiled(x), model(x))
-    torch._dynamo.reset()
-    assert len(graphs) == 2
+    model = Model(layers)
+    compiled = traced(model)
+    for _ in range(2):
+        for depth in (1, 2):
+            for width in (4, 6, 8, 10):
+                space.activate({"depth": depth, "width": width})
+                x = torch.randn(3, width)
+                torch.testing.assert_close(compiled(x), model(x))
+    assert len(traced.graphs) == 2
 
 
 def test_mixed_depth_compiles():

@@ -170,26 +170,19 @@ def test_state_dict_copies_and_pickles():
 
 
 @pytest.mark.parametrize("level", ["layer", "neuron"])
-def test_one_graph_serves_all_architectures(level):
+def test_one_graph_serves_all_architectures(level, traced):
     space = SearchSpace(hidden=[16, 24, 32, 40], ffn=[20, 28, 36, 44])
     router = ArchRouter(space, 2, space["ffn"], level, hidden=10)
     layer = ExpertMixtureLinear(space["hidden"], space["ffn"], 2, router=router, noise=1.0)
-    graphs = []
-
-    def backend(module, _):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-        compiled = torch.compile(layer, backend=backend, dynamic=True, fullgraph=True)
-        for hidden in (16, 32, 24, 40):
-            for ffn in (20, 44, 36):
-                space.activate({"hidden": hidden, "ffn": ffn})
-                x = torch.randn(7, hidden)
-                torch.testing.assert_close(compiled(x), layer(x))
-    torch._dynamo.reset()
-    assert len(graphs) <= 2  # rows of all experts that are whole join into one span: another graph
+    compiled = traced(layer)
+    for hidden in (16, 32, 24, 40):
+        for ffn in (20, 44, 36):
+            space.activate({"hidden": hidden, "ffn": ffn})
+            x = torch.randn(7, hidden)
+            torch.testing.assert_close(compiled(x), layer(x))
+    assert (
+        len(traced.graphs) <= 2
+    )  # rows of all experts that are whole join into one span: another graph
 
 
 def test_bad_layers_are_refused():

@@ -169,22 +169,14 @@ def test_copies_and_pickles(made):
         torch.testing.assert_close(other(x), block(x))
 
 
-def test_few_graphs_serve_all_widths(made):
+def test_few_graphs_serve_all_widths(made, traced):
     space, block = made
-    graphs = []
-
-    def backend(module, _):
-        graphs.append(module)
-        return module.forward
-
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-        compiled = torch.compile(block, backend=backend, dynamic=True, fullgraph=True)
-        for values in values_of(space):
-            space.activate(values)
-            x = x_of(values["embed"])
-            torch.testing.assert_close(compiled(x), block(x))
-    torch._dynamo.reset()
-    assert len(graphs) <= 2  # blocks that are whole join into one span: another graph
+    compiled = traced(block)
+    for values in values_of(space):
+        space.activate(values)
+        x = x_of(values["embed"])
+        torch.testing.assert_close(compiled(x), block(x))
+    assert len(traced.graphs) == 1
 
 
 def test_ints_make_a_plain_block_and_dropout_drops():

@@ -302,24 +302,16 @@ def test_running_statistics_of_the_active_slice_alone_move(momentum):
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS if "plain" not in k])
-def test_one_graph_serves_all_widths(kind):
+def test_one_graph_serves_all_widths(kind, traced):
     space = SearchSpace(embed=list(range(8, 48, 4)))
     make_norm = partial(GroupNorm, 11) if kind == "group" else KINDS[kind]
-    norm, graphs = make_norm(space["embed"]), []
-
-    def backend(module, _):
-        graphs.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-        compiled = torch.compile(norm, backend=backend, dynamic=True, fullgraph=True)
-        for n in range(8, 48, 4):  # no other size of x: equal ones would count as one
-            space.activate({"embed": n})
-            x = x_of(kind, n, torch.float32).detach()
-            torch.testing.assert_close(compiled(x), norm(x))
-    torch._dynamo.reset()
-    assert len(graphs) == 1
+    norm = make_norm(space["embed"])
+    compiled = traced(norm)
+    for n in range(8, 48, 4):  # no other size of x: equal ones would count as one
+        space.activate({"embed": n})
+        x = x_of(kind, n, torch.float32).detach()
+        torch.testing.assert_close(compiled(x), norm(x))
+    assert len(traced.graphs) == 1
 
 
 @pytest.mark.parametrize("kind", ["layer", "rms", "layer_max", "batch", "group"])

@@ -159,20 +159,11 @@ def test_copies_autocast_and_memory_format():
     assert module.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_one_compiled_graph_serves_all_widths():
+def test_one_compiled_graph_serves_all_widths(traced):
     space, module = make()
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
-    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
-        compiled = torch.compile(module, backend=backend, dynamic=True, fullgraph=True)
-        for point in points(space.dims.values()):
-            space.activate({dim.name: value for dim, value in point.items()})
-            x = torch.randn(2, module.conv_reduce.cols.value, 4, 4)
-            torch.testing.assert_close(compiled(x), module(x))
-    assert len(graphs) <= 2
-    torch._dynamo.reset()
+    compiled = traced(module)
+    for point in points(space.dims.values()):
+        space.activate({dim.name: value for dim, value in point.items()})
+        x = torch.randn(2, module.conv_reduce.cols.value, 4, 4)
+        torch.testing.assert_close(compiled(x), module(x))
+    assert len(traced.graphs) <= 2  # the whole width is contiguous
