@@ -189,7 +189,7 @@ def table(found: dict) -> Table:
         shared, alone = row["shared"], row["alone"]
         losses = f"{shared:.3f}", f"{alone:.3f}", f"{shared - alone:+.3f}"
         differs = f"{row['export_difference']:.0e}" if "export_difference" in row else ""
-        name = " ".join(map(str, row["ffn"])) if isinstance(row["ffn"], tuple) else str(row["ffn"])
+        name = str(row["ffn"]) if isinstance(row["ffn"], int) else " ".join(map(str, row["ffn"]))
         chart.add_row(name, f"{row['parameters']:,}", *losses, differs)
     return chart
 
@@ -208,8 +208,8 @@ def picture(found: dict, path: Path) -> None:
             fill = colour if rows is trained else "white"
             panel.plot(xs, ys, style, color=colour, mfc=fill, ms=8, label=label + kind)
     for row in trained:
-        text, where = f"ffn {row['ffn']}", (row["parameters"], max(row["shared"], row["alone"]))
-        panel.annotate(text, where, xytext=(0, 10), textcoords="offset points", ha="center")
+        text, where = f"ffn {row['ffn']}", (row["parameters"], min(row["shared"], row["alone"]))
+        panel.annotate(text, where, xytext=(-4, -18), textcoords="offset points", ha="right")
     panel.set(xlabel="parameters", ylabel="validation loss (bits per byte)")
     panel.set_title("Nested feed-forward widths in a Llama (text: Python's standard library)")
     panel.xaxis.set_major_formatter("{x:,.0f}")
