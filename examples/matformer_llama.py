@@ -2,10 +2,11 @@
 
 As MatFormer (Devvrit et al., 2023): each layer's feed-forward block runs with the first 1/8, 1/4,
 1/2 or all of its hidden units. One call converts the model, and four granularities are trained
-jointly; the subnets in between, with another width in each layer, come for free. Each subnet is
-compared with a model of its size trained alone, and the granularities are exported into a plain
-LlamaForCausalLM. The text is Python's own standard library, byte by byte, a tenth of its files
-kept for validation. Minutes on a CPU (``--quick``: seconds, to see that it works)::
+jointly; subnets in between, with another width in each layer, need no training of their own, but
+do well only where neighbouring layers differ little. Each subnet is compared with a model of its
+size trained alone, and the granularities are exported into a plain LlamaForCausalLM. The text is
+Python's own standard library, byte by byte, a tenth of its files kept for validation. Minutes on
+a CPU (``--quick``: seconds, to see that it works)::
 
     pip install weightshare-kernels[demo,transformers]
     python examples/matformer_llama.py

@@ -227,6 +227,8 @@ def test_export_keeps_the_kind_of_container():
         assert plain[0] is not layers[0] and torch.equal(plain[2].weight, layers[2].weight)
     x = x_of()
     assert torch.equal(plain(x), container(x))
+    listed = Layers(list(layers), space["depth"])  # a list has no kind: what can be called
+    assert torch.equal(export(listed)(x), listed(x))
     space = SearchSpace(keep=PerLayer([0, 1], 2), width=[2, 4])
     named = nn.Sequential(OrderedDict(a=nn.Linear(4, 4), b=Linear(4, space["width"])))
     container = Layers(named, skip=space["keep"])

@@ -56,7 +56,7 @@ class Layers(nn.ModuleList):
         zero_grads: bool = False,
     ):
         super().__init__()
-        self._sequential = isinstance(modules, nn.Sequential)
+        self._sequential = not isinstance(modules, nn.ModuleList)  # as what it is exported
         if isinstance(modules, nn.Module):
             self.train(modules.training)
             layers = dict(modules._modules)  # not named_children: a layer may occur twice
@@ -142,7 +142,10 @@ class Layers(nn.ModuleList):
         return out  # type: ignore[return-value]
 
     def export(self) -> nn.ModuleList | nn.Sequential:
-        """The active layers, exported, in a plain container of the kind this was made from."""
+        """The active layers, exported, in a plain container of the kind this was made from.
+
+        A list becomes an ``nn.Sequential``, which can be called as this can.
+        """
         from weightshare.export import export  # it exports every kind of module: a cycle
 
         names = [name for number, name in enumerate(self._modules) if self._runs(number)]
