@@ -86,7 +86,8 @@ def test_bans(tmp_path, file, line):
 
 
 def test_tools_are_pinned():
-    pinned = re.findall(r"^([\w-]+)==", (ROOT / "constraints/tools.txt").read_text(), re.M)
+    files = [ROOT / "constraints" / name for name in ("tools.txt", "peers.txt")]
+    pinned = re.findall(r"^([\w-]+)==", "".join(f.read_text() for f in files), re.M)
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1]
     wanted = re.findall(r'"([\w-]+)', extras.split("\n[")[0])
     assert len(wanted) > 10

@@ -160,13 +160,13 @@ def _tile(m: int, n: int, k: int, like: Tensor, count: int, gathered: bool) -> _
 
     Every step in flight holds a tile of each expert in shared memory; 96 KiB fit all targets, and
     the larger ones twice. What else is here keeps registers from spilling: few columns, as every
-    expert's part of a tile is scaled in registers, and for the plain cores two steps.
+    expert's part of a tile is scaled in registers, and for the plain cores two steps of half the width.
     """
     size = like.element_size()
     tile = _products.product_tile(m, n, k, like, True, gathered)
     if m > _products.FEW_ROWS and not _triton.interpreted():
         if size > 2:
-            tile = replace(tile, stages=2)
+            tile = replace(tile, n=32, stages=2, warps=4)
         elif count > 2:
             tile = replace(tile, m=128, n=64, k=32, warps=8)
     while (tile.stages - 1) * tile.k * (tile.m + count * tile.n) * size > 96 * 1024:
