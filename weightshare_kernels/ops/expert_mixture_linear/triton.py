@@ -160,7 +160,8 @@ def _tile(m: int, n: int, k: int, like: Tensor, count: int, gathered: bool) -> _
 
     Every step in flight holds a tile of each expert in shared memory; 96 KiB fit all targets, and
     the larger ones twice. What else is here keeps registers from spilling: few columns, as every
-    expert's part of a tile is scaled in registers, and for the plain cores two steps of half the width.
+    expert's part of a tile is scaled in registers, and for the plain cores two steps of half the
+    width.
     """
     size = like.element_size()
     tile = _products.product_tile(m, n, k, like, True, gathered)
