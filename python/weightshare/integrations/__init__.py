@@ -1,0 +1,1 @@
+"""Weightshare's kernels inside the models of other libraries."""
