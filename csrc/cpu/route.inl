@@ -3,7 +3,8 @@
 // Loops over kRouteLanes neighbours are vectors on every instruction set, and sums run along lanes
 // in one order on all of them. The k best of a row of n are found in three steps that have no
 // branch on the data: the k-th largest of 16 lane-wise maxima is a bound that at least k elements
-// reach; few more do (11 of 256 for k = 8); each of those few is ranked by counting the better ones.
+// reach; few more do (11 of 256 for k = 8); each of those few is ranked by counting the better
+// ones.
 
 constexpr int64_t kRouteLanes = 16;
 
@@ -27,8 +28,8 @@ inline float exponential(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = (p * r * r + r) + 1.0f;
-  const int32_t whole = static_cast<int32_t>(std::bit_cast<uint32_t>(shifted) -
-                                             std::bit_cast<uint32_t>(kMagic));
+  const int32_t whole =
+      static_cast<int32_t>(std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kMagic));
   const int32_t half = whole >> 1;
   const auto power = [](int32_t e) {
     return std::bit_cast<float>(static_cast<uint32_t>(e + 127) << 23);
@@ -114,37 +115,50 @@ void score_row(const T* x, int64_t n, ScoreFn fn, Sum<T>* s) {
 
 // ---- the k best of a row ------------------------------------------------------------------------
 
-// Bit l: v[l] >= bound, of kRouteLanes elements.
+// Appends those of kRouteLanes elements that reach the bound, and their ids from `id` on; writes up
+// to kRouteLanes elements behind the last one, too. Returns how many there are.
 template <class S>
-inline uint32_t reached(const S* v, S bound) {
+inline int64_t append_reaching(const S* v, S bound, int64_t id, S* to, int32_t* ids) {
   uint32_t bits = 0;
   for (int64_t l = 0; l < kRouteLanes; ++l) bits |= static_cast<uint32_t>(v[l] >= bound) << l;
-  return bits;
+  int64_t count = 0;
+  for (; bits != 0; bits &= bits - 1, ++count) {
+    const int l = std::countr_zero(bits);
+    to[count] = v[l];
+    ids[count] = static_cast<int32_t>(id + l);
+  }
+  return count;
 }
 #if defined(__x86_64__) && WS_BYTES == 64
 template <>
-inline uint32_t reached(const float* v, float bound) {
-  return _mm512_cmp_ps_mask(_mm512_loadu_ps(v), _mm512_set1_ps(bound), _CMP_GE_OQ);
-}
-#elif defined(__x86_64__) && WS_BYTES == 32
-template <>
-inline uint32_t reached(const float* v, float bound) {
-  const __m256 b = _mm256_set1_ps(bound);
-  const int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(v), b, _CMP_GE_OQ));
-  const int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(v + 8), b, _CMP_GE_OQ));
-  return static_cast<uint32_t>(low | high << 8);
+inline int64_t append_reaching(const float* v, float bound, int64_t id, float* to, int32_t* ids) {
+  const __m512 value = _mm512_loadu_ps(v);
+  const __mmask16 bits = _mm512_cmp_ps_mask(value, _mm512_set1_ps(bound), _CMP_GE_OQ);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i at = _mm512_add_epi32(lane, _mm512_set1_epi32(static_cast<int32_t>(id)));
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, value));
+  _mm512_storeu_si512(ids, _mm512_maskz_compress_epi32(bits, at));
+  return std::popcount(static_cast<uint32_t>(bits));
 }
 #elif defined(__x86_64__)
 template <>
-inline uint32_t reached(const float* v, float bound) {
+inline int64_t append_reaching(const float* v, float bound, int64_t id, float* to, int32_t* ids) {
   const __m128 b = _mm_set1_ps(bound);
   uint32_t bits = 0;
   for (int i = 0; i < 4; ++i)
     bits |= static_cast<uint32_t>(_mm_movemask_ps(_mm_cmpge_ps(_mm_loadu_ps(v + 4 * i), b)))
             << 4 * i;
-  return bits;
+  int64_t count = 0;
+  for (; bits != 0; bits &= bits - 1, ++count) {
+    const int l = std::countr_zero(bits);
+    to[count] = v[l];
+    ids[count] = static_cast<int32_t>(id + l);
+  }
+  return count;
 }
 #endif
+
+constexpr int64_t kRanked = 64;  // most elements that are ranked by counting, which is quadratic
 
 // Memory that the rows of one thread share.
 template <class S>
@@ -159,17 +173,15 @@ struct RouteScratch {
         choice(whole_lanes(o.experts)),
         part(whole_lanes(o.experts)),
         totals(whole_lanes(o.groups)),
-        few(whole_lanes(o.experts) + kRouteLanes),
+        few(whole_lanes(o.experts) + 2 * kRouteLanes),
         few_ids(few.size()),
-        order(std::max(o.topk_groups, o.group_top)),
-        best(o.k) {}
+        order(std::max({o.topk_groups, o.group_top, kRanked})),
+        best(std::max(o.k, kRanked)) {}
 };
 
-constexpr int64_t kRanked = 64;  // most elements that are ranked by counting, which is quadratic
-
-// Ids of the k best of n <= kRanked values; v is padded to whole lanes with -inf.
+// Ids of n <= kRanked values, best first; v is padded to whole lanes with -inf.
 template <class S>
-void rank_few(const S* v, const int32_t* ids, int64_t n, int64_t k, int32_t* best) {
+void rank_few(const S* v, const int32_t* ids, int64_t n, int32_t* best) {
   using Int = std::conditional_t<std::is_same_v<S, double>, int64_t, int32_t>;
   Int rank[kRanked];
   for (int64_t block = 0; block < n; block += kRouteLanes) {
@@ -187,8 +199,7 @@ void rank_few(const S* v, const int32_t* ids, int64_t n, int64_t k, int32_t* bes
       for (int64_t l = 0; l < kRouteLanes; ++l) better[l] += v[i] > mine[l];
     for (int64_t l = 0; l < kRouteLanes; ++l) rank[block + l] = better[l];
   }
-  for (int64_t i = 0; i < n; ++i)
-    if (rank[i] < k) best[rank[i]] = ids == nullptr ? static_cast<int32_t>(i) : ids[i];
+  for (int64_t i = 0; i < n; ++i) best[rank[i]] = ids == nullptr ? static_cast<int32_t>(i) : ids[i];
 }
 
 // The k-th largest of 16 lane-wise maxima.
@@ -207,34 +218,28 @@ S bound_of(const S* v, int64_t width, int64_t k) {
 }
 
 // Ids of the k best of v[0..n), best first, of equals the earlier one; v is free of NaN and padded
-// to whole lanes with -inf.
+// to whole lanes with -inf. Up to kRanked elements of `best` are written.
 template <class S>
 void best_of(const S* v, int64_t n, int64_t k, RouteScratch<S>& scratch, int32_t* best) {
-  if (n <= kRanked) return rank_few(v, static_cast<int32_t*>(nullptr), n, k, best);
+  if (n <= kRanked) return rank_few(v, static_cast<int32_t*>(nullptr), n, best);
   S* few = scratch.few.data();
   int32_t* ids = scratch.few_ids.data();
   int64_t count = 0;
   if (k <= kRouteLanes) {
     const S bound = bound_of(v, whole_lanes(n), k);
-    for (int64_t e = 0; e < n; e += kRouteLanes) {
-      for (uint32_t bits = reached(v + e, bound); bits != 0; bits &= bits - 1) {
-        const int64_t id = e + std::countr_zero(bits);
-        if (id >= n) break;  // the row's end reaches a bound of -inf
-        few[count] = v[id];
-        ids[count++] = static_cast<int32_t>(id);
-      }
-    }
+    for (int64_t e = 0; e < n; e += kRouteLanes)
+      count += append_reaching(v + e, bound, e, few + count, ids + count);
+    while (ids[count - 1] >= n) --count;  // what is behind the row reaches a bound of -inf
   } else {
     for (; count < n; ++count) few[count] = v[count], ids[count] = static_cast<int32_t>(count);
   }
   if (count <= kRanked) {
     for (int64_t l = count; l < whole_lanes(count); ++l)
       few[l] = -std::numeric_limits<S>::infinity();
-    return rank_few(few, ids, count, k, best);
+    return rank_few(few, ids, count, best);
   }
-  std::partial_sort(ids, ids + k, ids + count, [v](int32_t a, int32_t b) {
-    return v[a] > v[b] || (v[a] == v[b] && a < b);
-  });
+  std::partial_sort(ids, ids + k, ids + count,
+                    [v](int32_t a, int32_t b) { return v[a] > v[b] || (v[a] == v[b] && a < b); });
   std::copy(ids, ids + k, best);
 }
 
@@ -285,8 +290,7 @@ void best_in_groups(const RouteOptions& o, RouteScratch<S>& scratch, int32_t* be
     }
     if (std::isnan(totals[g])) totals[g] = -std::numeric_limits<S>::infinity();
   }
-  std::fill(totals + o.groups, totals + whole_lanes(o.groups),
-            -std::numeric_limits<S>::infinity());
+  std::fill(totals + o.groups, totals + whole_lanes(o.groups), -std::numeric_limits<S>::infinity());
   int32_t* chosen = scratch.order.data();
   best_of(totals, o.groups, o.topk_groups, scratch, chosen);
   std::sort(chosen, chosen + o.topk_groups);
