@@ -53,23 +53,23 @@ class Layer:
             )
         return bias.detach().view(-1)
 
-    def keep_precision(self) -> None:
-        """Put a bias that ``.bfloat16()`` or ``.half()`` lowered back to float32, in place."""
+    def keep_precision(self) -> bool:
+        """Put a bias that ``.bfloat16()`` or ``.half()`` lowered back to float32, in place.
+
+        Returns:
+            Whether it was.
+        """
         bias = getattr(self.holder, self.attribute)
         if bias is None or bias.dtype in (torch.float32, torch.float64):
-            return
+            return False
         value = bias.detach().float()
         if self.kept is not None:
             # Unless something else was loaded since, the digits that were lost are known.
             kept = self.kept.to(bias.device).view(bias.shape)
             if torch.equal(kept.to(bias.dtype), bias):
                 value = kept.float().clone()
-        warnings.warn(
-            f"{self.name}.{self.attribute} was lowered to {bias.dtype}, which loses updates of "
-            "1e-3 once it reaches 0.5: put back to float32",
-            stacklevel=4,
-        )
         bias.data = value
+        return True
 
     def remove(self) -> None:
         """Take hooks off."""
@@ -160,8 +160,7 @@ class Note:
         if mask is None and self.position is not None and self.position < len(args):
             mask = args[self.position]
         self.padding = mask == 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        for layer in self.layers:
-            layer.keep_precision()
+        keep_precision(self.layers)
 
     def after(self, *_: Any) -> None:
         """Hook of the whole model; also called when it raised."""
@@ -182,6 +181,17 @@ def unwrap(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
+
+
+def keep_precision(layers: list[Layer]) -> None:
+    """Put lowered biases back to float32, and say so."""
+    lowered = [layer.name for layer in layers if layer.keep_precision()]
+    if lowered:
+        warnings.warn(
+            f"balance: the bias of {lowered[0]} (and {len(lowered) - 1} more) was cast to less "
+            "than float32, where it loses updates of 1e-3 once it reaches 0.5: put back to float32",
+            stacklevel=3,
+        )
 
 
 def find(root: nn.Module) -> tuple[list[Layer], Callable[[], None]]:
@@ -212,8 +222,7 @@ def find(root: nn.Module) -> tuple[list[Layer], Callable[[], None]]:
     except Exception:
         _remove(note, layers)
         raise
-    for layer in layers:
-        layer.keep_precision()
+    keep_precision(layers)
     return layers, lambda: _remove(note, layers)
 
 

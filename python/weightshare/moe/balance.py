@@ -106,9 +106,9 @@ class LoadBalancer:
                 group do not all take part before its timeout, in which case nothing changed.
                 (NCCL ends a process that waits too long by itself.)
         """
-        for layer in self._layers:
-            layer.keep_precision()
+        _balanced_layers.keep_precision(self._layers)
         self._follow()
+        biases = [layer.bias for layer in self._layers]
         rate = self._current_rate()
         group = self._group()
         counts = torch.cat([layer.counts.to(self._last.device) for layer in self._layers])
@@ -117,7 +117,7 @@ class LoadBalancer:
         self._steps += 1
         self._number += 1
         if rate is not None:
-            self._update(counts, rate)
+            self._update(biases, counts, rate)
         self._last.copy_(counts)
         self._all += counts
         torch._foreach_zero_([layer.counts for layer in self._layers])
@@ -216,28 +216,24 @@ class LoadBalancer:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _update(self, counts: Tensor, rate: float | Tensor) -> None:
+    def _update(self, biases: list[Tensor | None], counts: Tensor, rate: float | Tensor) -> None:
         """One update for each number of experts, of all layers that have it."""
-        parts = counts.split(self._sizes)
+        rows = list(zip(self._layers, biases, counts.split(self._sizes), strict=True))
         for size in sorted(set(self._sizes)):
-            group = [
-                (layer, part, bias)
-                for layer, part in zip(self._layers, parts, strict=True)
-                if len(part) == size and (bias := layer.bias) is not None
-            ]
+            group = [row for row in rows if len(row[2]) == size and row[1] is not None]
             if not group:
                 continue
-            layers, chosen, biases = zip(*group, strict=True)
-            new = torch.stack([bias.to(counts.device) for bias in biases])
+            layers, old, parts = zip(*group, strict=True)
+            new = torch.stack([bias.to(counts.device) for bias in old])
             update_balance_bias_(
                 new,
-                torch.stack(chosen),
+                torch.stack(parts),
                 rule=self.rule,
                 rate=rate,
                 step=self._number,
                 recentre=self.recentre,
             )
-            torch._foreach_copy_(biases, list(new.unbind()))
+            torch._foreach_copy_(old, list(new.unbind()))
             for layer, kept in zip(layers, new.unbind(), strict=True):
                 layer.kept = kept
 
@@ -253,6 +249,8 @@ class LoadBalancer:
             rate = rate(self._steps + 1)
             if rate == 0:
                 return None
+            if not rate > 0:
+                raise ValueError(f"rate: the function gave {rate} for step {self._steps + 1}")
         if self.until is not None:
             # The number is on the device, and so is the question whether it is the last.
             moves = self._number < self.until

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from weightshare.moe.plain import SCORES
 from weightshare_kernels import _checks
 
 DEFAULT_RATES = {"sign": 1e-3, "proportional": 1e-2, "inverse": 1e-1, "inverse_sqrt": 1e-1}
@@ -51,8 +52,8 @@ def update_balance_bias_(
         rate: size of an update, in units of the scores; by default 1e-3 for ``sign``, 1e-2 for
             ``proportional`` and 1e-1 for the others. A tensor without dimensions may change
             between replays of a CUDA graph; where it is not above 0, nothing changes.
-        step: number of this update, from 1; an int, or a tensor without dimensions. Required by
-            ``inverse`` and ``inverse_sqrt``.
+        step: number of this update, from 1; an int, or a tensor without dimensions, which a CUDA
+            graph reads anew if it is on the device. Required by ``inverse``, ``inverse_sqrt``.
         recentre: subtract the mean over experts afterwards. Experts are chosen the same, and the
             fixed point becomes unique.
         process_group: processes whose counts are summed first, in a copy; None sums nothing.
@@ -116,6 +117,7 @@ def sequence_balance_loss(
     alpha: float,
     sequences: int | Sequence[int] = 1,
     padding_mask: Tensor | None = None,
+    score_fn: str | None = None,
 ) -> Tensor:
     """The loss that keeps single sequences from extreme imbalance, beside the bias.
 
@@ -125,18 +127,20 @@ def sequence_balance_loss(
     divided by their sum. It is ``alpha`` where all is even. The gradient flows through ``P``.
 
     Args:
-        scores: ``[tokens, experts]``, what the score function gave (not the logits): >= 0. The
-            tokens of a sequence lie together.
+        scores: ``[tokens, experts]``, what the score function gave, >= 0; or the gate's logits if
+            ``score_fn`` is given. The tokens of a sequence lie together.
         k: experts of a token.
         alpha: weight of the loss; DeepSeek-V3 used 1e-4.
         sequences: number of sequences of equal length, or the length of each.
         padding_mask: bool ``[tokens]``, True for padding, which counts nowhere.
+        score_fn: that of the router, ``"sigmoid"``, ``"softmax"`` or ``"sqrt_softplus"``, to apply
+            here; None for scores that it was applied to.
 
     Returns:
         A scalar of the scores' dtype, float32 for lower ones.
 
     Raises:
-        ValueError: for shapes, lengths or a k that do not fit.
+        ValueError: for shapes, lengths, a k or a score function that do not fit.
 
     Source: DeepSeek-V3 technical report (arXiv 2412.19437), equations 17 to 20.
     """
@@ -144,6 +148,8 @@ def sequence_balance_loss(
     tokens, experts = scores.shape
     if not 1 <= k <= experts:
         raise ValueError(f"k: expected 1 to {experts}, the number of experts, got {k}")
+    if score_fn is not None and score_fn not in SCORES:
+        raise ValueError(f"score_fn: expected one of {', '.join(SCORES)}, got {score_fn!r}")
     lengths = _lengths(sequences, tokens)
     if padding_mask is not None and (
         padding_mask.dtype != torch.bool or padding_mask.shape != (tokens,)
@@ -158,11 +164,13 @@ def sequence_balance_loss(
         # Before anything is computed: what padding holds may be NaN.
         scores = scores.masked_fill(padding_mask[:, None], 0)
         real = real.masked_fill(padding_mask[:, None], 0)
+    if score_fn is not None:
+        scores = SCORES[score_fn](scores)
     chosen = torch.zeros_like(scores).scatter_(1, scores.detach().topk(k, -1).indices, 1) * real
     share = scores / (scores.sum(-1, keepdim=True) + 1e-20)
     size = _sums(real, lengths)  # [sequences, 1]
     f = _sums(chosen, lengths) * (experts / k)
-    loss = (f * _sums(share, lengths)).sum(-1, keepdim=True) / size.clamp(min=1).square()
+    loss = (f * _sums(share * real, lengths)).sum(-1, keepdim=True) / size.clamp(min=1).square()
     return alpha * loss.sum() / (size > 0).sum().clamp(min=1)
 
 
@@ -213,6 +221,8 @@ def _check_bias(bias: Tensor, counts: Tensor) -> None:
             f"bias: is {bias.dtype}, which loses updates of 1e-3 once it reaches 0.5; keep it in "
             "float32, also in a model of lower precision: bias = bias.float()"
         )
+    if not isinstance(counts, Tensor):
+        raise TypeError(f"counts: expected a tensor, got {type(counts).__name__}")
     if bias.dim() not in (1, 2) or bias.shape != counts.shape:
         raise ValueError(
             "bias, counts: expected the same shape, [experts] or [layers, experts], got "
