@@ -3,15 +3,22 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <type_traits>
 #include <utility>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "cpu/grouped.h"
+#include "cpu/moe.h"
 #include "cpu/product.h"
 
+#define WS_PAIRS 0
 namespace weightshare::baseline {
 #define WS_BYTES 16
 #define WS_ROWS 6
@@ -19,6 +26,7 @@ namespace weightshare::baseline {
 #include "cpu/product.inl"
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
+#include "cpu/moe.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::baseline
@@ -37,6 +45,7 @@ namespace weightshare::avx2 {
 #include "cpu/product.inl"
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
+#include "cpu/moe.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::avx2
@@ -57,9 +66,33 @@ namespace weightshare::avx512 {
 #include "cpu/product.inl"
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
+#include "cpu/moe.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::avx512
+#undef WS_PAIRS
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(                                                               \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c"))), \
+    apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target( \
+    "avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx2,fma,f16c,prefer-vector-width=512")
+#endif
+namespace weightshare::avx512bf16 {  // only what multiplies bfloat16 in pairs is chosen from here
+#define WS_PAIRS 1
+#define WS_BYTES 64
+#define WS_ROWS 14
+#include "cpu/mixture.inl"
+#include "cpu/product.inl"
+#include "cpu/grouped.inl"
+#include "cpu/moe.inl"
+#undef WS_BYTES
+#undef WS_ROWS
+}  // namespace weightshare::avx512bf16
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
@@ -101,6 +134,29 @@ inline Isa isa() {
                                                       : &::weightshare::baseline::__VA_ARGS__)
 #else
 #define WS_CHOSEN(...) (&::weightshare::baseline::__VA_ARGS__)
+#endif
+
+// Whether the processor multiplies pairs of bfloat16, which avx512bf16 is for.
+inline bool multiplies_pairs() {
+#if defined(__x86_64__)
+  static const bool found = isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return found;
+#else
+  return false;
+#endif
+}
+
+// The same for kernels on T that multiply bfloat16 in pairs where they can.
+#if defined(__x86_64__)
+#define WS_CHOSEN_PAIRS(T, ...)                                                      \
+  ([] {                                                                              \
+    if constexpr (std::is_same_v<T, ::weightshare::bfloat16>) {                      \
+      if (::weightshare::multiplies_pairs()) return &::weightshare::avx512bf16::__VA_ARGS__; \
+    }                                                                                \
+    return WS_CHOSEN(__VA_ARGS__);                                                   \
+  }())
+#else
+#define WS_CHOSEN_PAIRS(T, ...) WS_CHOSEN(__VA_ARGS__)
 #endif
 
 }  // namespace weightshare

@@ -81,7 +81,7 @@ _TESTS = {
     "no_tokens": _inputs(0, 8, 8, 3, 2),
     "one_expert": _inputs(21, 16, 8, 1, 1),
     "all_experts": _inputs(6, 9, 7, 4, 4),
-    "empty_experts": _inputs(9, 16, 16, 12, 2, single),
+    "empty_experts": _inputs(25, 16, 16, 12, 2, single),
     "many_rows": _inputs(150, 33, 20, 3, 2, zipf),
     "wide": _inputs(40, 300, 40, 3, 2),
     "deep": _inputs(40, 24, 150, 3, 2),

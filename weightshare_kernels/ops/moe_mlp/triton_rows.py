@@ -1,0 +1,331 @@
+"""Kernels over the rows of moe_mlp: pairs of token and slot, sorted by expert.
+
+Four products share one loop: rows, a token's or our own, times the weight of their expert.
+A program walks over tiles, one row of tiles of one expert after another; which tiles there are is
+read from a plan that a first small kernel makes of the routing's offsets, so that the host never
+waits for the counts. The tiles of a group of rows run together, as in a plain product, so that
+a weight comes from memory once and then from the L2 cache.
+
+With TMA the weight's tiles (and those rows that lie one below the other) are fetched by the
+copy engine from a descriptor made by the host: no addresses in registers, and the descriptor's
+own bounds cut the weight to its width. Gathered rows have an address each and use ``cp.async``.
+Descriptors made on the device would need scratch memory at every launch and time in every
+program; all they would add is a width that only the device knows, and there pointers serve.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from weightshare_kernels._products import _INTERPRETED
+
+
+@triton.jit(do_not_specialize=["experts", "pairs", "slots", "k"])
+def _plan_kernel(
+    offsets, permutation,  # int64 [experts + 1], [pairs]
+    plan,  # int32: number of row tiles; then expert, first row, row after the last of each
+    tokens,  # int32 [pairs]: token of each row
+    experts, pairs, slots, k,
+    BM: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Cut each expert's rows into tiles; any offsets and permutation give rows that exist."""
+    me = tl.program_id(0)
+    at = me.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pair = tl.load(permutation + at, mask=at < pairs, other=0)
+    token = tl.minimum(tl.maximum(pair, 0), pairs - 1) // k
+    tl.store(tokens + at, token.to(tl.int32), mask=at < pairs)
+    if me < experts:
+        e = tl.arange(0, E)
+        start = tl.load(offsets + e, mask=e < experts, other=0)
+        start = tl.minimum(tl.maximum(start, 0), pairs).to(tl.int32)
+        stop = tl.load(offsets + e + 1, mask=e < experts, other=0)
+        stop = tl.maximum(tl.minimum(stop, pairs), start).to(tl.int32)
+        tiles = tl.cdiv(stop - start, BM)
+        tl.store(plan, tl.minimum(tl.sum(tiles, 0), slots), mask=me == 0)
+        before = tl.sum(tl.where(e < me, tiles, 0), 0)
+        mine = tl.sum(tl.where(e == me, tiles, 0), 0)
+        first = tl.sum(tl.where(e == me, start, 0), 0)
+        last = tl.sum(tl.where(e == me, stop, 0), 0)
+        for i in range(0, mine, BLOCK):
+            number = i + tl.arange(0, BLOCK)
+            row = first + number * BM
+            to = plan + 1 + before + number
+            ok = (number < mine) & (before + number < slots)
+            tl.store(to, tl.zeros_like(number) + me, mask=ok)
+            tl.store(to + slots, row, mask=ok)
+            tl.store(to + 2 * slots, tl.minimum(row + BM, last), mask=ok)
+
+
+@triton.jit
+def _place(tile, plan, slots, count, tiles_n, GROUP: tl.constexpr, BN: tl.constexpr):
+    """Expert, first row, row after the last and first column of a tile."""
+    group = tile // (GROUP * tiles_n)
+    height = tl.minimum(count - group * GROUP, GROUP)
+    inside = tile - group * (GROUP * tiles_n)
+    slot, col = group * GROUP + inside % height, inside // height * BN
+    expert = tl.load(plan + 1 + slot)
+    row = tl.load(plan + 1 + slots + slot)
+    return expert, row, tl.load(plan + 1 + 2 * slots + slot), col
+
+
+@triton.jit
+def _multiply(a_tile, b_tile, acc, PRECISION: tl.constexpr):
+    if _INTERPRETED:
+        a_tile, b_tile = a_tile.to(acc.dtype), b_tile.to(acc.dtype)
+    return tl.dot(a_tile, b_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _rounded(x, kind: tl.constexpr):
+    """Convert to the nearest; the interpreter would cut the bits of bfloat16 off instead."""
+    if _INTERPRETED and kind == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    return x.to(kind)
+
+
+@triton.jit
+def _steps(
+    acc, a, b, n_ok, first, last, a_step, b_step,
+    MASKED: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``acc + sum over k in [first, last) of a[:, k] b[k, :]``; a, b point at their edges."""
+    for start in tl.range(first, last, BK, num_stages=STAGES):
+        k = start + tl.arange(0, BK)
+        wide = k.to(tl.int64)
+        a_at, b_at = a[:, None] + wide[None, :] * a_step, b[None, :] + wide[:, None] * b_step
+        if MASKED:
+            a_tile = tl.load(a_at, mask=(k < last)[None, :], other=0.0)
+            b_tile = tl.load(b_at, mask=(k < last)[:, None] & n_ok[None, :], other=0.0)
+        else:
+            a_tile = tl.load(a_at)
+            b_tile = tl.load(b_at, mask=n_ok[None, :], other=0.0)
+        acc = _multiply(a_tile, b_tile, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _rows_dot(
+    a,  # [rows, blocks of k, k]: pointer, or descriptor unless GATHER
+    w,  # [experts, blocks, ...]: pointer, or descriptor
+    source,  # row of a of each row of the tile
+    row, expert, col,
+    n, k, k_here,  # sizes, and how much of k this expert uses
+    a_m, a_b, a_k, w_e, w_nb, w_n, w_kb, w_k,  # strides
+    KB: tl.constexpr, NB: tl.constexpr,  # blocks along k and along n
+    K_MAJOR: tl.constexpr, GATHER: tl.constexpr, TMA: tl.constexpr, OWN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PRECISION: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """Rows times their expert's weight: ``[BM, NB * BN]``, columns of one block after another."""
+    acc = tl.zeros((BM, NB * BN), SUM)
+    if TMA:
+        per = tl.cdiv(k, BK)
+        for step in tl.range(0, KB * per):
+            block = step // per if KB > 1 else 0
+            at = (step - block * per) * BK
+            if GATHER:
+                j = at + tl.arange(0, BK)
+                edge = a + source.to(tl.int64)[:, None] * a_m + j.to(tl.int64)[None, :] * a_k
+                a_tile = tl.load(edge, mask=(j < k)[None, :], other=0.0)
+            else:
+                a_tile = tl.reshape(a.load([row, block, at]), (BM, BK))
+            if K_MAJOR:
+                b_tile = tl.reshape(w.load([expert, 0, col, at]), (NB * BN, BK)).T
+            else:
+                b_tile = tl.reshape(w.load([expert, block, at, col]), (BK, BN))
+            acc = _multiply(a_tile, b_tile, acc, PRECISION)
+    else:
+        j = tl.arange(0, NB * BN)
+        column = col + j % BN
+        n_ok = column < n
+        a_edge = a + source.to(tl.int64) * a_m
+        b_edge = w + expert.to(tl.int64) * w_e + (j // BN).to(tl.int64) * w_nb
+        b_edge += column.to(tl.int64) * w_n
+        for block in tl.static_range(KB):
+            a_at, b_at = a_edge + block * a_b, b_edge + tl.cast(block, tl.int64) * w_kb
+            if OWN:  # a width of its own: nothing is known of its last bits, so it ends apart
+                whole = k_here // BK * BK
+                acc = _steps(acc, a_at, b_at, n_ok, 0, whole, a_k, w_k, False, BK, PRECISION, None)
+                acc = _steps(acc, a_at, b_at, n_ok, whole, k_here, a_k, w_k, True, BK, PRECISION, 1)
+            else:
+                acc = _steps(acc, a_at, b_at, n_ok, 0, k, a_k, w_k, True, BK, PRECISION, None)
+    return acc
+
+
+@triton.jit
+def _halves(x):
+    """Left and right half of a tile's columns, without leaving the registers."""
+    BM: tl.constexpr = x.shape[0]
+    HALF: tl.constexpr = x.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(x, (BM, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _activate(gate, up, ACTIVATION: tl.constexpr):
+    """Hidden units of pre-activations; ``up`` counts only where gated."""
+    if ACTIVATION == "swiglu":
+        return gate / (1 + tl.exp(-gate)) * up
+    elif ACTIVATION == "gelu":
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    else:
+        positive = tl.maximum(gate, 0.0)
+        return positive * positive
+
+
+@triton.jit
+def _backward(gate, up, grad, ACTIVATION: tl.constexpr):
+    """Gradients of gate and up from that of the hidden units."""
+    if ACTIVATION == "swiglu":
+        s = 1 / (1 + tl.exp(-gate))
+        return grad * up * s * (1 + gate * (1 - s)), grad * gate * s
+    elif ACTIVATION == "gelu":
+        normal = tl.exp(-0.5 * gate * gate) * 0.3989422804014327  # density; 1 / sqrt(2 pi)
+        slope = 0.5 * (1 + tl.erf(gate * 0.7071067811865476)) + gate * normal
+        return grad * slope, grad
+    else:
+        return grad * 2 * tl.maximum(gate, 0.0), grad
+
+
+@triton.jit
+def _width_of(expert, widths, width):
+    """Hidden units that an expert uses."""
+    if widths is None:
+        return width
+    else:
+        return tl.minimum(tl.maximum(tl.load(widths + expert), 0), width).to(tl.int32)
+
+
+@triton.jit(do_not_specialize=["slots"])
+def _up_kernel(
+    x, w,  # [tokens, d], gathered; [experts, blocks, width, d]
+    h, hidden,  # [pairs, blocks, width] | None, [pairs, width]
+    plan, tokens, widths,  # int32, int32, int64 [experts] | None
+    slots, width, d,
+    x_m, x_k, w_e, w_b, w_n, w_k,  # strides
+    ACTIVATION: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """``h = x W_up^T`` of each pair's token and expert, and its hidden units."""
+    count, tiles_n = tl.load(plan), tl.cdiv(width, BN)
+    for tile in tl.range(tl.program_id(0), count * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, stop, col = _place(tile, plan, slots, count, tiles_n, GROUP, BN)
+        rows = row + tl.arange(0, BM)
+        token = tl.load(tokens + tl.minimum(rows, stop - 1))
+        d_here = d
+        if widths is not None:  # nothing to multiply where the expert is narrower
+            d_here = tl.where(col < _width_of(expert, widths, width), d, 0)
+        acc = _rows_dot(
+            x, w, token, row, expert, col, width, d, d_here,
+            x_m, 0, x_k, w_e, w_b, w_n, 0, w_k, 1, NB, True, True, TMA, widths is not None,
+            BM, BN, BK, PRECISION, SUM,
+        )  # fmt: skip
+        kind: tl.constexpr = hidden.dtype.element_ty
+        acc = _rounded(acc, kind)
+        if NB == 2:
+            gate, up = _halves(acc)
+        else:
+            gate, up = acc, acc
+        cols = col + tl.arange(0, BN)
+        ok = (rows < stop)[:, None] & (cols < width)[None, :]
+        line = rows.to(tl.int64)[:, None] * width
+        if h is not None:
+            tl.store(h + line * NB + cols[None, :], gate, mask=ok)
+            if NB == 2:
+                tl.store(h + line * NB + width + cols[None, :], up, mask=ok)
+        # From the rounded h, as backward computes it again.
+        active = _activate(gate.to(SUM), up.to(SUM), ACTIVATION)
+        tl.store(hidden + line + cols[None, :], _rounded(active, kind), mask=ok)
+
+
+@triton.jit(do_not_specialize=["slots", "pairs"])
+def _spread_kernel(
+    a, w,  # [pairs, blocks, width], own rows; [experts, blocks, d, width] or [.., width, d]
+    out,  # [pairs, d]: each row at its pair
+    gates,  # [pairs] | None: factor of each pair
+    plan, permutation, widths,
+    slots, pairs, width, d,
+    a_m, a_b, w_e, w_n, w_kb, w_k,  # strides; a's last is 1
+    KB: tl.constexpr, K_MAJOR: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """``out = a W (times the gate)``, from the experts' order back to the tokens'."""
+    count, tiles_n = tl.load(plan), tl.cdiv(d, BN)
+    for tile in tl.range(tl.program_id(0), count * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, stop, col = _place(tile, plan, slots, count, tiles_n, GROUP, BN)
+        rows = row + tl.arange(0, BM)
+        inside = tl.minimum(rows, stop - 1)
+        acc = _rows_dot(
+            a, w, inside, row, expert, col, d, width, _width_of(expert, widths, width),
+            a_m, a_b, 1, w_e, 0, w_n, w_kb, w_k, KB, 1, K_MAJOR, False, TMA, widths is not None,
+            BM, BN, BK, PRECISION, SUM,
+        )  # fmt: skip
+        pair = tl.load(permutation + inside)
+        pair = tl.minimum(tl.maximum(pair, 0), pairs - 1)
+        if gates is not None:
+            acc *= tl.load(gates + pair).to(SUM)[:, None]
+        cols = col + tl.arange(0, BN)
+        tl.store(
+            out + pair[:, None] * d + cols[None, :],
+            _rounded(acc, out.dtype.element_ty),
+            mask=(rows < stop)[:, None] & (cols < d)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["slots", "pairs"])
+def _hidden_grad_kernel(
+    grad, w,  # [tokens, d], gathered; [experts, 1, d, width]
+    h, dh,  # [pairs, blocks, width], | None
+    weighted,  # [pairs, width] | None: hidden units times their pair's gate
+    sums,  # [tiles of width, pairs]: shares of the gates' gradient
+    gates, plan, tokens, permutation, widths,
+    slots, pairs, width, d,
+    g_m, g_k, w_e, w_n, w_k,  # strides
+    ACTIVATION: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    PRECISION: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """``dy W_down`` of each pair, and all that follows from it and h alone."""
+    count, tiles_n = tl.load(plan), tl.cdiv(width, BN)
+    for tile in tl.range(tl.program_id(0), count * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        expert, row, stop, col = _place(tile, plan, slots, count, tiles_n, GROUP, BN)
+        rows = row + tl.arange(0, BM)
+        inside = tl.minimum(rows, stop - 1)
+        used = _width_of(expert, widths, width)
+        d_here = d
+        if widths is not None:
+            d_here = tl.where(col < used, d, 0)
+        acc = _rows_dot(
+            grad, w, tl.load(tokens + inside), row, expert, col, width, d, d_here,
+            g_m, 0, g_k, w_e, 0, w_n, 0, w_k, 1, 1, False, True, TMA, widths is not None,
+            BM, BN, BK, PRECISION, SUM,
+        )  # fmt: skip
+        pair = tl.load(permutation + inside)
+        factor = tl.load(gates + tl.minimum(tl.maximum(pair, 0), pairs - 1)).to(SUM)
+        cols = col + tl.arange(0, BN)
+        ok = (rows < stop)[:, None] & (cols < width)[None, :]
+        line = rows.to(tl.int64)[:, None] * width
+        gate = tl.load(h + line * NB + cols[None, :], mask=ok, other=0.0).to(SUM)
+        if NB == 2:
+            up = tl.load(h + line * NB + width + cols[None, :], mask=ok, other=0.0).to(SUM)
+        else:
+            up = gate
+        if widths is not None:  # of h, only what this expert uses was ever written
+            narrow = (cols < used)[None, :]
+            gate, up = tl.where(narrow, gate, 0.0), tl.where(narrow, up, 0.0)
+            acc = tl.where(narrow, acc, 0.0)
+        active = _activate(gate, up, ACTIVATION)
+        tl.store(sums + (col // BN).to(tl.int64) * pairs + rows, tl.sum(acc * active, 1),
+                 mask=rows < stop)  # fmt: skip
+        kind: tl.constexpr = h.dtype.element_ty
+        if weighted is not None:
+            to = weighted + line + cols[None, :]
+            tl.store(to, _rounded(active * factor[:, None], kind), mask=ok)
+        if dh is not None:
+            d_gate, d_up = _backward(gate, up, acc * factor[:, None], ACTIVATION)
+            tl.store(dh + line * NB + cols[None, :], _rounded(d_gate, kind), mask=ok)
+            if NB == 2:
+                tl.store(dh + line * NB + width + cols[None, :], _rounded(d_up, kind), mask=ok)
