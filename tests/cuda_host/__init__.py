@@ -79,8 +79,11 @@ def entangle_backward(
 
 def register() -> None:
     """Make the CUDA kernels serve CPU tensors: ``pytest --backend cuda-host``."""
+    from cuda_host import routing
     from weightshare_kernels import _register
 
-    _build.load("entangle")
-    for function in (entangle, entangle_backward):
+    for name in ("entangle", "route"):
+        _build.load(name)
+    routed = (routing.route, routing.route_grad, routing.route_tables)
+    for function in (entangle, entangle_backward, *routed):
         _register.override(function.__name__, function, "CPU")

@@ -1,9 +1,9 @@
 // Stands in for CUDA's header of this name when g++ compiles csrc/cuda/*.cuh for the host.
 //
 // The subset kernels may use: thread and block indices, __shared__ (static, and dynamic through
-// weightshare::cuda::dynamic_shared), __syncthreads and its voting forms, warp shuffles, votes
-// and __syncwarp, atomics, __ldg, bit intrinsics, and cudaLaunchKernelEx. All of it runs on one
-// OS thread, block after block.
+// weightshare::cuda::dynamic_shared), __syncthreads and its voting forms, warp shuffles, votes,
+// matches, integer reductions and __syncwarp, atomics, __ldg, bit intrinsics, and
+// cudaLaunchKernelEx. All of it runs on one OS thread, block after block.
 #pragma once
 
 #include <link.h>
@@ -131,6 +131,25 @@ inline void gather(Thread* const* lane, unsigned count) {
   }
 }
 
+// Bit i of a lane's result: lane i brings the same value.
+inline void match(Thread* const* lane, unsigned count) {
+  for (unsigned i = 0; i < count; ++i) {
+    if (!lane[i]) continue;
+    uint64_t bits = 0;
+    for (unsigned j = 0; j < count; ++j)
+      if (lane[j] && lane[j]->arrival.value == lane[i]->arrival.value) bits |= uint64_t(1) << j;
+    lane[i]->result = bits;
+  }
+}
+
+inline void largest(Thread* const* lane, unsigned count) {
+  uint64_t most = 0;
+  for (unsigned i = 0; i < count; ++i)
+    if (lane[i]) most = std::max(most, lane[i]->arrival.value);
+  for (unsigned i = 0; i < count; ++i)
+    if (lane[i]) lane[i]->result = most;
+}
+
 inline unsigned vote(const char* kind, unsigned mask, bool predicate, const char* file, int line) {
   return unsigned(Block::active().meet({kind, file, line, mask, predicate, 0}, ballot));
 }
@@ -178,6 +197,20 @@ inline int __any_sync(unsigned mask, int p, HOST_CUDA_SITE) {
 }
 inline int __all_sync(unsigned mask, int p, HOST_CUDA_SITE) {
   return host_cuda::vote("__all_sync", mask, p != 0, file, line) == mask;
+}
+
+// Of 32-bit values; CUDA takes 64-bit ones, too.
+inline unsigned __match_any_sync(unsigned mask, int v, HOST_CUDA_SITE) {
+  return unsigned(host_cuda::Block::active().meet(
+      {"__match_any_sync", file, line, mask, unsigned(v), 0}, host_cuda::match));
+}
+inline unsigned __reduce_max_sync(unsigned mask, unsigned v, HOST_CUDA_SITE) {
+  return unsigned(host_cuda::Block::active().meet({"__reduce_max_sync", file, line, mask, v, 0},
+                                                  host_cuda::largest));
+}
+inline unsigned __reduce_min_sync(unsigned mask, unsigned v, HOST_CUDA_SITE) {
+  return ~unsigned(host_cuda::Block::active().meet(
+      {"__reduce_min_sync", file, line, mask, unsigned(~v), 0}, host_cuda::largest));
 }
 
 template <typename T>
