@@ -14,10 +14,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as shards
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.checkpoint import checkpoint
-from weightshare.moe.balance import LoadBalancer
-from weightshare.moe.layer import MoE
+from weightshare.moe import LoadBalancer, MoE
 from weightshare.moe.parallel import (
     average_gradients_,
     clip_gradients_,
@@ -204,6 +203,13 @@ def variants():
     return {name: value.detach() for name, value in found.items()}
 
 
+def refuse():
+    """What processes say to models that differ, and two of them to a mesh of the others."""
+    different = caught(lambda: parallelize_experts(make(experts=6 if dist.get_rank() else 5)))
+    outside = caught(lambda: parallelize_experts(make(), DeviceMesh("cpu", [0, 1])))
+    return {"different": different[0], "outside": outside[0]}
+
+
 def fail(groups, store):
     """A peer is late in forward, one in backward, one dies. What the others see, and when."""
     rank, x = dist.get_rank(), torch.randn(4, 6, dtype=torch.float64)
@@ -228,7 +234,7 @@ def caught(function):
     start = time.monotonic()
     try:
         function()
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         return str(error), time.monotonic() - start
     return "nothing was raised", 0.0
 
@@ -248,7 +254,7 @@ def main(results):
                 found["moments"] = moments(net, optimizer)
     dist.barrier()
     found["loaded"] = load(f"{results}.checkpoint")
-    found["variants"] = variants()
+    found["variants"], found["refused"] = variants(), refuse()
     groups = [dist.new_group(ranks, timeout=patience) for ranks in ([0, 1], [2, 3], [2, 3])]
     members = [group if group != dist.GroupMember.NON_GROUP_MEMBER else None for group in groups]
     torch.save(found, f"{results}.{rank}")

@@ -19,8 +19,8 @@ if not dist.is_available():
 import parallel_job
 from parallel_job import KINDS, Net, make
 from torch.distributed.device_mesh import init_device_mesh
+from weightshare.moe import Experts
 from weightshare.moe.exchange import block_of, parallel_moe_mlp
-from weightshare.moe.layer import Experts
 from weightshare.moe.parallel import (
     average_gradients_,
     clip_gradients_,
@@ -28,8 +28,7 @@ from weightshare.moe.parallel import (
     parallelize_experts,
 )
 
-from weightshare_kernels.ops.moe_mlp import moe_mlp
-from weightshare_kernels.ops.route import routing_of
+from weightshare_kernels import moe_mlp, routing_of
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +94,7 @@ def test_checkpoint_of_two_read_by_four(found):
         torch.testing.assert_close(rank["loaded"]["moments"], moments, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_checkpoint_of_two_read_by_one_that_is_not_distributed(results, found):
     from torch.distributed import checkpoint
 
@@ -156,6 +156,14 @@ def test_peers_that_fail_raise_in_time(results):
         # The group's timeout, and as much again for a busy machine.
         assert seconds < 2 * parallel_job.PATIENCE + 10, name
     assert late.keys() | dead.keys() == {"forward", "backward", "death"}
+
+
+def test_models_that_differ_and_a_mesh_of_others(found):
+    for rank, mine in enumerate(found):
+        other = 1 if rank == 0 else 0
+        assert f"rank {other} of the group has experts" in mine["refused"]["different"]
+        assert "build the same model on all ranks" in mine["refused"]["different"]
+        assert (f"rank {rank} is not in the mesh" in mine["refused"]["outside"]) == (rank > 1)
 
 
 # -- One process -------------------------------------------------------------------------------

@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from weightshare_kernels import _checks
-from weightshare_kernels.ops.moe_mlp import _widths, moe_mlp
-from weightshare_kernels.ops.route import Routing, routing_of
+from weightshare_kernels import Routing, _checks, moe_mlp, routing_of
+from weightshare_kernels.ops.moe_mlp import _widths
 
 
 @torch.compiler.disable
@@ -96,8 +95,7 @@ def _plan(counts: Tensor, group) -> _Plan:
     leaving = counts.new_zeros(ranks * block)
     leaving[: counts.shape[0]] = counts
     arriving = torch.empty_like(leaving)
-    # Gloo heeds the group's timeout only where sizes are given.
-    _all_to_all(arriving, leaving, [block] * ranks, [block] * ranks, group, "counts")
+    _all_to_all(arriving, leaving, None, None, group, "counts")
     sizes = torch.stack((leaving, arriving)).view(2, ranks, block).sum(2)
     sent, received = sizes.tolist()
     local = torch.arange(block, device=counts.device).repeat(ranks)

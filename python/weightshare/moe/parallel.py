@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from weightshare.moe import plain
 from weightshare.moe.exchange import block_of, parallel_moe_mlp
 from weightshare.moe.layer import Experts
-from weightshare_kernels.ops.route import Routing
+from weightshare_kernels import Routing
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
