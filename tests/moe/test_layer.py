@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
-from weightshare.moe import Experts, MoE, Router, plain
+from weightshare.moe import Experts, LoadBalancer, MoE, Router, plain
 from weightshare.space import SearchSpace
 
 D, F_, E, K = 24, 16, 8, 2
@@ -290,6 +290,19 @@ def test_checkpointing_counts_once_and_changes_nothing(reentrant):
     for (name, a), b in zip(wanted.items(), got, strict=True):
         assert torch.equal(a, b), name
     assert moe.router.expert_counts.sum() == 20 * K
+
+
+def test_load_balancer_evens_the_load_out():
+    moe, x = make("groups"), tokens(400)
+    balancer = LoadBalancer(moe, rate=0.02)
+    with torch.no_grad():
+        for _ in range(60):
+            moe(x)
+            balancer.step()
+            if balancer.metrics()["max_violation_global"].eq(balancer.max_violation()).all():
+                first = balancer.max_violation()
+    assert balancer.max_violation() < 0.3 * first
+    assert not moe.router.expert_counts.any()
 
 
 # -- Life of a module ----------------------------------------------------------------------------

@@ -3,8 +3,10 @@
 import ast
 import copy
 import fnmatch
+import importlib
 import io
 import pickle
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,8 +18,15 @@ from torch.overrides import TorchFunctionMode
 
 transformers = peer("transformers")
 
-from weightshare.integrations.gates import GATES, gate_of  # noqa: E402
-from weightshare.integrations.transformers import Patched, patch, unpatch, unserved  # noqa: E402
+from weightshare.integrations.gates import GATES, fingerprint, gate_of  # noqa: E402
+from weightshare.integrations.transformers import (  # noqa: E402
+    Patched,
+    patch,
+    register,
+    unpatch,
+    unserved,
+)
+from weightshare.moe import LoadBalancer  # noqa: E402
 
 MODELS = Path(transformers.__file__).parent / "models"
 SIZES = dict(hidden_size=64, moe_intermediate_size=32, num_experts_per_tok=4)
@@ -211,7 +220,7 @@ def test_gate_equals_theirs(row, dtype):
             torch.testing.assert_close(ours[1:], theirs[1:])
 
 
-def test_gate_of_another_forward_is_not_taken():
+def test_gate_with_other_code_is_not_taken():
     module = modeling("mixtral")
 
     class Own(module.MixtralTopKRouter):
@@ -221,18 +230,53 @@ def test_gate_of_another_forward_is_not_taken():
     class Named(module.MixtralTopKRouter):
         pass
 
-    config = config_of("mixtral", **BLOCKS["mixtral"][1])
-    assert gate_of(Own(config)) is None
-    assert gate_of(Named(config)) is not None
-    del (old := Named(config)).top_k  # as in a version that keeps it elsewhere
-    assert gate_of(old) is None
+    made = block("mixtral")
+    made.gate.__class__ = Own
+    assert patch(made) == Patched(0, 1, {}) and type(made.gate) is Own
+    made = block("mixtral")
+    made.gate.__class__ = Named
+    assert patch(made) == Patched(1, 1, {})
+
+
+def test_gate_of_another_version_is_not_taken(monkeypatch):
+    """The same name, with other code or without an attribute that the table needs."""
+    kind = modeling("mixtral").MixtralTopKRouter
+    made = block("mixtral")
+    del made.gate.top_k
+    assert list(patch(made).skipped) == ["gate"]
+
+    def forward(self, hidden_states):
+        return None
+
+    monkeypatch.setattr(kind, "forward", forward)
+    done = patch(other := block("mixtral"))
+    assert done[:2] == (0, 1) and "another version" in done.skipped["gate"]
+    assert type(other.gate) is kind
+
+
+def test_fingerprint_is_of_the_code_alone(tmp_path, monkeypatch):
+    def define(name, text):
+        (tmp_path / f"{name}.py").write_text(text)
+        monkeypatch.syspath_prepend(tmp_path)
+        return fingerprint(importlib.import_module(name).Gate.forward)
+
+    one = define("gate_one", "class Gate:\n    def forward(self, x):\n        return x + 1\n")
+    same = define(
+        "gate_same",
+        "class Gate:\n  def forward(self,  x):\n\n    # a remark\n    return x + 1  # more\n",
+    )
+    other = define("gate_other", "class Gate:\n    def forward(self, x):\n        return x + 2\n")
+    assert one == same != other
+    assert fingerprint(torch.relu) == ""
 
 
 def test_group_limited_greedy_of_deepseek_v2_stays():
     sizes = dict(n_routed_experts=8, n_group=4, topk_group=2, **SIZES)
-    for method, gates in (("greedy", 1), ("group_limited_greedy", 0)):
-        config = config_of("deepseek_v2", topk_method=method, **sizes)
-        assert patch(modeling("deepseek_v2").DeepseekV2Moe(config)) == Patched(gates, 1, {})
+    config = config_of("deepseek_v2", topk_method="greedy", **sizes)
+    assert patch(modeling("deepseek_v2").DeepseekV2Moe(config)) == Patched(1, 1, {})
+    config = config_of("deepseek_v2", topk_method="group_limited_greedy", **sizes)
+    done = patch(modeling("deepseek_v2").DeepseekV2Moe(config))
+    assert done[:2] == (0, 1) and "topk_method='group_limited_greedy'" in done.skipped["gate"]
 
 
 # -- Whole models --------------------------------------------------------------------------------
@@ -388,6 +432,24 @@ def test_float16_bias_is_read_in_float32():
     torch.testing.assert_close(made(x), wanted, rtol=0.02, atol=0.02)
 
 
+def test_load_balancer_counts_and_moves_a_patched_model():
+    """The same counts and biases as unpatched, with checkpointing, over two steps."""
+    found = []
+    for patched in (False, True):
+        model = causal("DeepseekV3").train()
+        if patched:
+            patch(model)
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        balancer = LoadBalancer(model, rate=0.01)
+        for _ in range(2):
+            model(TOKENS, labels=TOKENS).loss.backward()
+            balancer.step()
+        (block,) = (m for m in model.modules() if hasattr(m, "shared_experts"))
+        found.append((block.gate.e_score_correction_bias, balancer.max_violation()))
+        assert found[-1][0].any()
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
 # -- Experts of other kinds ----------------------------------------------------------------------
 
 
@@ -502,16 +564,17 @@ def test_class_swapped_since_must_be_undone_first():
     assert unpatch(made) == 2
 
 
-@pytest.mark.parametrize(("missing", "words"), [(True, "not installed"), (False, "no interface")])
-def test_missing_or_old_transformers(monkeypatch, missing, words):
-    import sys
-
-    from weightshare.integrations.transformers import register
-
-    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
-    monkeypatch.delattr(transformers.integrations, "moe", raising=False)
-    if missing:
+@pytest.mark.parametrize("what", ["missing", "no interface", "other interface"])
+def test_missing_or_old_transformers(monkeypatch, what):
+    if what == "missing":
         monkeypatch.setitem(sys.modules, "transformers", None)
+    elif what == "no interface":
+        monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
+        monkeypatch.delattr(transformers.integrations, "moe", raising=False)
+    else:
+        moe = importlib.import_module("transformers.integrations.moe")
+        monkeypatch.setattr(moe, "use_experts_implementation", lambda kind: kind)
+    words = "not installed" if what == "missing" else r"transformers \d.* is too old"
     for call in (register, lambda: patch(nn.Linear(1, 1))):
-        with pytest.raises(ImportError, match=rf"{words}.*pip install"):
+        with pytest.raises(ImportError, match=rf"{words}.*pip install -U"):
             call()

@@ -3,11 +3,21 @@
 A row says in the terms of :func:`weightshare_kernels.route` what the ``forward`` of a family of
 gates computes; options that a model configures are named by the attribute that holds them. All
 these gates take hidden states and return ``(logits, weights, experts)``.
+
+Gates have changed under the same names between versions of transformers (in 5.4 a gate returned
+probabilities where 5.12 returns logits), so a row is tied to the source of the forward that it
+describes. A gate with another source is left alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+import hashlib
+import inspect
+import io
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,6 +34,7 @@ class Gate:
     Args:
         kinds: ``model.Class`` of each, as in ``transformers.models.<model>``; wildcards as in file
             names.
+        source: :func:`fingerprint` of their ``forward``.
         score_fn: of ``route``.
         product: dtype of the logits: ``"float32"``, or that of the ``"input"``.
         weights: dtype of the weights that go to the experts: ``"float32"``, that of the
@@ -37,6 +48,7 @@ class Gate:
     """
 
     kinds: tuple[str, ...]
+    source: str
     score_fn: str
     product: str = "float32"
     weights: str = "float32"
@@ -47,22 +59,27 @@ class Gate:
     scale: float | str = 1.0
     where: tuple[tuple[str, Any], ...] = ()
 
-    def matches(self, module: nn.Module) -> bool:
-        """Whether this row tells what the module computes.
+    def names(self, module: nn.Module) -> bool:
+        """Whether the module is of a kind of this row.
 
-        The class that defines its ``forward`` counts, so that a subclass with another one does not
-        match; nor does a module that lacks an attribute the row names (of another version).
+        The class that defines its ``forward`` counts: a subclass with another one is not.
         """
-        owner = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+        owner = _owner(module)
         name = f"{owner.__module__}.{owner.__qualname__}"
-        if not any(
+        return any(
             fnmatchcase(name, "transformers.models.{}.*.{}".format(*kind.split(".")))
             for kind in self.kinds
-        ):
-            return False
-        return all(hasattr(module, name) for name in self._attributes()) and all(
-            getattr(module, name, None) == value for name, value in self.where
         )
+
+    def doubt(self, module: nn.Module) -> str | None:
+        """Why this row may not tell what a module of its kinds computes; None if it does."""
+        attributes = [name for name in self._attributes() if not hasattr(module, name)]
+        if attributes or fingerprint(vars(_owner(module))["forward"]) != self.source:
+            return "is a gate of this name in another version, with other code"
+        for name, value in self.where:
+            if getattr(module, name, None) != value:
+                return f"routes by {name}={getattr(module, name, None)!r}, which `route` does not"
+        return None
 
     def _attributes(self) -> Iterator[str]:
         yield from ("weight", "top_k", *(self.groups or ()))
@@ -71,9 +88,26 @@ class Gate:
                 yield option
 
 
+def _owner(module: nn.Module) -> type:
+    return next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
+
+
+@functools.cache
+def fingerprint(function: Callable) -> str:
+    """Digest of a function's code without comments and layout; empty where there is no source."""
+    try:
+        source = textwrap.dedent(inspect.getsource(function))
+    except (OSError, TypeError):
+        return ""
+    layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    words = " ".join(token.string for token in tokens if token.type not in layout)
+    return hashlib.sha256(words.encode()).hexdigest()[:12]
+
+
 def gate_of(module: nn.Module) -> Gate | None:
-    """The row that tells what a module computes, if there is one."""
-    return next((row for row in GATES if row.matches(module)), None)
+    """The row of a module's kind, if there is one."""
+    return next((row for row in GATES if row.names(module)), None)
 
 
 GATES = (
@@ -98,6 +132,7 @@ GATES = (
             "nemotron_h.NemotronHTopkRouter",
             "solar_open.SolarOpenTopkRouter",
         ),
+        "113fbeae3aae",
         "sigmoid",
         bias="e_score_correction_bias",
         groups=("num_group", "topk_group"),
@@ -117,6 +152,7 @@ GATES = (
             "qwen3_omni_moe.Qwen3OmniMoeTalkerTextTopKRouter",
             "qwen4_exp.Qwen4ExpTextTopKRouter",
         ),
+        "30dd64fa0dc9",
         "softmax",
         product="input",
         weights="logits",
@@ -129,18 +165,21 @@ GATES = (
             "qwen3_omni_moe.Qwen3OmniMoeTextTopKRouter",
             "qwen3_vl_moe.Qwen3VLMoeTextTopKRouter",
         ),
+        "aaf8a17ee66b",
         "softmax",
         product="input",
         weights="logits",
     ),
     Gate(
         ("minimax.MiniMaxTopKRouter", "mixtral.MixtralTopKRouter"),
+        "6d353ee837da",
         "softmax",
         product="input",
     ),
     # A softmax over the chosen logits is one over all of them, normalised.
     Gate(
         ("granitemoe*.GraniteMoe*TopKRouter",),
+        "0ac245dc26cd",
         "softmax",
         product="input",
         weights="input",
@@ -148,6 +187,7 @@ GATES = (
     ),
     Gate(
         ("jamba.JambaTopKRouter",),
+        "fdd87c0312b6",
         "softmax",
         product="input",
         weights="input",
@@ -155,6 +195,7 @@ GATES = (
     ),
     Gate(
         ("deepseek_v2.DeepseekV2TopkRouter", "*ocr*.*TextTopkRouter"),
+        "0df719c3b24d",
         "softmax",
         normalize=False,
         scale="routed_scaling_factor",
@@ -163,18 +204,21 @@ GATES = (
     # Sigmoid scores without groups; the block owns the bias and passes it.
     Gate(
         ("hy_v3.HYV3TopKRouter", "dots3_note.Dots3NoteVisionTopKRouter"),
+        "e975cad467cc",
         "sigmoid",
         bias=ARGUMENT,
         scale="router_scaling_factor",
     ),
     Gate(
         ("minimax_m2.MiniMaxM2TopKRouter",),
+        "d1e753d218eb",
         "sigmoid",
         product="weight",
         bias=ARGUMENT,
     ),
     Gate(
         ("flint.FlintTopKRouter",),
+        "5f23e793f97a",
         "sigmoid",
         normalize="norm_topk_prob",
     ),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import types
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ class Patched(NamedTuple):
     Attributes:
         gates: number of gates that route through this package.
         experts: number of experts modules that compute through it.
-        skipped: path of an experts module -> why it was left as it is.
+        skipped: path of a gate or experts module -> why it was left as it is.
     """
 
     gates: int
@@ -47,8 +48,9 @@ def patch(model: nn.Module) -> Patched:
     dtypes: score function, normalisation, scale, groups, correction bias; of equal scores it takes
     the lowest id.
 
-    Known gates are listed in ``weightshare.integrations.gates``; a gate that is not among them
-    stays, and its experts are served all the same. Experts are served wherever transformers'
+    Known gates are listed in ``weightshare.integrations.gates``; one that is not among them, or
+    whose code is another in this version of transformers, stays, and its experts are served all the
+    same. Experts are served wherever transformers'
     ``use_experts_implementation`` describes them, as far as they have no bias, no transposed or
     interleaved weights and an activation that the kernels know: SiLU with a gate, or ReLU^2 or
     exact GELU without.
@@ -76,14 +78,14 @@ def patch(model: nn.Module) -> Patched:
     found: list[tuple[str, nn.Module, Gate | str]] = []
     skipped: dict[str, str] = {}
     for path, module in model.named_modules():
-        replacement = _replacement_of(module) or gate_of(module)
-        if replacement is None and _is_experts(module):
-            reason = unserved(module)
-            if reason is None:
-                replacement = _EXPERTS
-            else:
-                skipped[path] = reason
-        if replacement is not None:
+        replacement, reason = _replacement_of(module), None
+        if replacement is None and (row := gate_of(module)) is not None:
+            replacement, reason = row, row.doubt(module)
+        elif replacement is None and _is_experts(module):
+            replacement, reason = _EXPERTS, unserved(module)
+        if reason is not None:
+            skipped[path] = reason
+        elif replacement is not None:
             found.append((path, module, replacement))
     if not found:
         raise ValueError(_nothing(model, skipped))
@@ -186,6 +188,7 @@ def unserved(experts: nn.Module) -> str | None:
 
 
 _EXPERTS = "experts"  # the replacement of an experts module; that of a gate is its row
+_CURE = 'pip install -U "transformers>=5.8"'
 _HERE = "transformers.integrations.moe"
 _GATED = {"torch.nn.SiLU": "swiglu", "transformers.activations.SiLUActivation": "swiglu"}
 _UNGATED = {
@@ -311,30 +314,31 @@ def _rebuild(base, replacement):
 def _transformers():
     """``transformers.integrations.moe``, or an ImportError that says what to install."""
     try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(f"transformers is not installed; {_CURE}") from error
+    try:
         from transformers.integrations import moe
 
-        _ = moe.ALL_EXPERTS_FUNCTIONS
-    except (ImportError, AttributeError) as error:
-        try:
-            from transformers import __version__ as version
-        except ImportError:
-            found = "transformers is not installed"
-        else:
-            found = f"transformers {version} has no interface for experts"
-        cure = 'pip install "weightshare-kernels[transformers]"'
-        raise ImportError(f"{found}; {cure} (5.0 or newer)") from error
-    return moe
+        options = inspect.signature(moe.use_experts_implementation).parameters
+        if "is_concatenated" in options and hasattr(moe, "ALL_EXPERTS_FUNCTIONS"):
+            return moe
+    except ImportError:
+        pass
+    raise ImportError(
+        f"transformers {transformers.__version__} is too old: its experts do not say how they lay "
+        f"out their weights; {_CURE}"
+    )
 
 
 def _nothing(model: nn.Module, skipped: dict[str, str]) -> str:
     reasons = "".join(f"\n  {path or type(model).__name__}: {why}" for path, why in skipped.items())
-    kinds = ", ".join(kind for row in GATES for kind in row.kinds)
-    text = f"model: {type(model).__name__} has no MoE block that is known"
-    text += f"; experts that were found:{reasons}\n" if reasons else "; "
+    models = sorted({kind.split(".")[0] for row in GATES for kind in row.kinds})
     return (
-        f"{text}known are these gates (of transformers.models): {kinds}; and all experts that "
-        "transformers.integrations.use_experts_implementation describes, without biases and with "
-        "an activation that the kernels know"
+        f"model: {type(model).__name__} has no MoE block that is known"
+        + (f"; found were{reasons}\n" if reasons else "; ")
+        + f"known are gates of {', '.join(models)}, and experts of every model of transformers "
+        "whose weights are neither transposed nor biased and whose activation the kernels know"
     )
 
 
