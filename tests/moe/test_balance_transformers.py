@@ -42,12 +42,12 @@ MODELS = {
 }
 
 
-def make(name):
+def make(name, **sizes):
     torch.manual_seed(0)
     kind = getattr(transformers, f"{name}ForCausalLM", None)
     if kind is None:
         pytest.skip(f"this transformers has no {name}")
-    return kind(kind.config_class(**SIZES, **MODELS[name])).train()
+    return kind(kind.config_class(**{**SIZES, **MODELS[name], **sizes})).train()
 
 
 def batch(rows=4, length=12):
@@ -95,13 +95,13 @@ def test_their_own_checkpointing_counts_once(reentrant):
 
 def test_compiled_whole_counts_once():
     torch._dynamo.reset()
-    model = make("DeepseekV3")
+    model = make("MiniMaxM2", num_hidden_layers=1)
     model.set_experts_implementation("batched_mm")  # theirs without a loop over the experts
     balancer = LoadBalancer(model)
     run, words = torch.compile(model, backend="aot_eager", fullgraph=True), batch()
     for number in (1, 2):
         run(**words, labels=words["input_ids"]).loss.backward()
-        assert pending(balancer) == [2 * number * int(words["attention_mask"].sum())] * 2
+        assert pending(balancer) == [2 * number * int(words["attention_mask"].sum())]
 
 
 @pytest.mark.parametrize("name", ["DeepseekV3", "MiniMaxM2"])

@@ -1,86 +1,19 @@
-"""The balancer: what counts, when, for which layers, and what it keeps."""
+"""Steps of the balancer: rates, metrics, states, precision, and what it refuses."""
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
-from weightshare.moe import MoE, Router
 from weightshare.moe._counting import state
 from weightshare.moe.balance import LoadBalancer, update_balance_bias_
 
-EXPERTS, K, DIM, TOKENS = 6, 2, 8, 10
+sys.path.insert(0, str(Path(__file__).parent))
 
-
-class Ours(nn.Module):
-    """Our router; its gates scale the tokens, so that it takes part in the gradient."""
-
-    def __init__(self, experts=EXPERTS):
-        super().__init__()
-        self.router = Router(DIM, experts, K)
-
-    def forward(self, x):
-        routing, _ = self.router(x)
-        return x * routing.gates.sum(1, keepdim=True).to(x.dtype) + routing.gates[:, :1]
-
-
-class Gate(nn.Module):
-    """As transformers writes them."""
-
-    def __init__(self, experts=EXPERTS):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(experts, DIM))
-        self.e_score_correction_bias = nn.Buffer(torch.zeros(experts))
-
-    def forward(self, x):
-        scores = (x @ self.weight.to(x.dtype).T).sigmoid().float()
-        chosen = (scores + self.e_score_correction_bias).topk(K, sorted=False).indices
-        return scores, scores.gather(1, chosen), chosen
-
-
-class Scaling(nn.Module):
-    def forward(self, x, top_k_index, top_k_weights):
-        return x * top_k_weights.sum(1, keepdim=True).to(x.dtype)
-
-
-class Theirs(nn.Module):
-    """A block with a bias that nothing updates; ``experts`` is a module, or a list of them."""
-
-    def __init__(self, experts=EXPERTS, listed=False):
-        super().__init__()
-        self.gate, self.listed = Gate(experts), listed
-        self.experts = nn.ModuleList([Scaling()]) if listed else Scaling()
-
-    def forward(self, x):
-        _, weights, chosen = self.gate(x)
-        return (self.experts[0] if self.listed else self.experts)(x, chosen, weights)
-
-
-class Net(nn.Module):
-    """A linear layer before a layer with experts, checkpointed or not."""
-
-    def __init__(self, layer, reentrant=None):
-        super().__init__()
-        self.linear, self.layer, self.reentrant = nn.Linear(DIM, DIM), layer, reentrant
-
-    def body(self, x):
-        return self.layer(self.linear(x)).tanh()
-
-    def forward(self, x, attention_mask=None):
-        shape, x = x.shape, x.flatten(0, -2)
-        if self.reentrant is None:
-            return self.body(x).view(shape)
-        return checkpoint(self.body, x, use_reentrant=self.reentrant).view(shape)
-
-
-KINDS = {
-    "ours": Ours,
-    "moe": lambda: MoE(DIM, 4, EXPERTS, K),
-    "theirs": Theirs,
-    "listed": lambda: Theirs(listed=True),
-}
+from balance_nets import EXPERTS, KINDS, TOKENS, Gate, K, Net, Ours, Theirs, pending, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -88,113 +21,9 @@ def seeded():
     torch.manual_seed(0)
 
 
-def tokens(*shape):
-    return torch.randn(*(shape or (TOKENS,)), DIM, requires_grad=True)
-
-
-def pending(balancer):
-    return [int(layer.counts.sum()) for layer in balancer._layers]
-
-
 def same(state, other):
     """Whether two states of a balancer are equal, bitwise."""
     return str(state) == str(other)
-
-
-# -- Counting ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "new"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_forward_counts_once(kind, reentrant):
-    model = Net(KINDS[kind](), reentrant)
-    balancer = LoadBalancer(model)
-    for number in (1, 2, 3):  # gradients accumulate
-        model(tokens()).sum().backward()
-        assert pending(balancer) == [number * TOKENS * K]
-    model.eval()
-    model(tokens())
-    model.train()
-    with balancer.paused():
-        model(tokens()).sum().backward()
-    assert pending(balancer) == [3 * TOKENS * K]
-    with torch.no_grad():
-        model(tokens())
-    assert pending(balancer) == [4 * TOKENS * K]
-    balancer.step()
-    assert pending(balancer) == [0]
-
-
-@pytest.mark.parametrize("where", ["around", "within"])
-@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "new"])
-@pytest.mark.parametrize("kind", ["ours", "theirs"])
-def test_compiled_forward_counts_once(kind, reentrant, where):
-    """``around``: the checkpoint is within what is compiled; ``within``: the other way round."""
-    torch._dynamo.reset()
-    model = Net(KINDS[kind](), reentrant)
-    balancer = LoadBalancer(model)
-    options = dict(backend="aot_eager", fullgraph=True)
-    run = torch.compile(model, **options) if where == "around" else model
-    if where == "within":
-        model.body = torch.compile(model.body, **options)
-    for number in (1, 2, 3):
-        run(tokens()).sum().backward()
-        assert pending(balancer) == [number * TOKENS * K]
-    balancer.step()
-    assert any(layer.bias.any() for layer in balancer._layers)
-
-
-def test_the_op_is_what_its_schema_says():
-    total, counts = torch.zeros(4, dtype=torch.int64), torch.tensor([1, 0, 2, 5])
-    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.weightshare.count_.default, (total, counts), test_utils=checks)
-
-
-def test_counting_is_what_the_choice_was():
-    """Counts of the hook and of the router are those of the experts chosen."""
-    layer = Theirs()
-    balancer = LoadBalancer(layer)
-    x = tokens()
-    layer(x)
-    chosen = layer.gate(x)[2]
-    assert torch.equal(balancer._layers[0].counts, chosen.flatten().bincount(minlength=EXPERTS))
-
-
-@pytest.mark.parametrize("positional", [False, True])
-def test_padding_does_not_count(positional):
-    model = Net(Theirs())
-    balancer = LoadBalancer(model)
-    x, mask = tokens(2, 5), torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
-    model(x, mask) if positional else model(x, attention_mask=mask)
-    assert pending(balancer) == [8 * K]
-    chosen = model.layer.gate(model.linear(x).flatten(0, 1))[2][mask.flatten().bool()]
-    assert torch.equal(balancer._layers[0].counts, chosen.flatten().bincount(minlength=EXPERTS))
-    model(x)  # the mask of the pass before is forgotten
-    model(x, attention_mask=torch.ones(2, 1, 5, 5))  # prepared elsewhere: says nothing
-    assert pending(balancer) == [28 * K]
-    with pytest.raises(RuntimeError):
-        model(tokens(2, 5)[..., :3], attention_mask=mask)
-    model.layer(tokens())
-    assert pending(balancer) == [38 * K]
-
-
-def test_a_copy_counts_for_itself():
-    model = Net(Theirs())
-    balancer = LoadBalancer(model)
-    copy.deepcopy(model)(tokens())
-    assert pending(balancer) == [0]
-
-
-def test_removed_hooks_count_no_more():
-    model = Net(Theirs())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    with LoadBalancer(model).attach(optimizer) as balancer:
-        model(tokens()).sum().backward()
-    model(tokens())
-    assert pending(balancer) == [TOKENS * K]
-    optimizer.step()
-    assert pending(balancer) == [TOKENS * K]
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 # -- Steps -------------------------------------------------------------------------------------
@@ -299,6 +128,41 @@ def test_nothing_is_read_back():
     assert all(value.shape == (3,) for value in balancer.metrics().values())
     with pytest.raises(RuntimeError, match="another step"):
         balancer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("reentrant", [None, False], ids=["plain", "new"])
+def test_a_captured_step_is_an_eager_one(reentrant, monkeypatch):
+    monkeypatch.setattr(state, "captured", False)
+    found = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        model = Net(Theirs(), reentrant).cuda()
+        balancer = LoadBalancer(model, rule="inverse_sqrt")
+        x = tokens().detach().cuda()
+
+        def train(model=model, balancer=balancer, x=x):
+            model(x).sum().backward()
+            balancer.step()
+
+        run = train
+        if captured:
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side), balancer.paused():
+                for _ in range(3):
+                    model(x).sum().backward()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                train()
+            run = graph.replay
+        for _ in range(3):
+            run()
+        found.append((balancer._layers[0].bias.tolist(), str(balancer.state_dict())))
+    assert found[0] == found[1]
+    assert state.captured
 
 
 def test_rates_that_change():

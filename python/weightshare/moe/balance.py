@@ -285,7 +285,13 @@ class LoadBalancer:
             )
 
     def _violations(self, counts: Tensor) -> Tensor:
-        return torch.stack([max_violation(part) for part in counts.split(self._sizes)])
+        parts = counts.split(self._sizes)
+        found: dict[int, Tensor] = {}
+        for size in set(self._sizes):
+            members = [number for number, of in enumerate(self._sizes) if of == size]
+            of_each = max_violation(torch.stack([parts[number] for number in members]))
+            found.update(zip(members, of_each.unbind(), strict=True))
+        return torch.stack([found[number] for number in range(len(parts))])
 
     def _by_name(self, counts: Tensor) -> dict[str, Tensor]:
         parts = counts.cpu().split(self._sizes)
