@@ -92,6 +92,14 @@ def test_padding_does_not_count(positional):
     assert pending(balancer) == [38 * K]
 
 
+def test_padding_that_our_layer_is_told_does_not_count():
+    layer = KINDS["moe"]()
+    balancer = LoadBalancer(layer)
+    mask = torch.tensor([[False] * 5, [True, True, False, False, False]])
+    layer(tokens(2, 5), padding_mask=mask)
+    assert pending(balancer) == [8 * K]
+
+
 def test_a_copy_counts_for_itself():
     model = Net(Theirs())
     balancer = LoadBalancer(model)

@@ -8,6 +8,7 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from weightshare.integrations.transformers import patch  # noqa: E402
 from weightshare.moe.balance import LoadBalancer  # noqa: E402
 
 SIZES = dict(
@@ -102,6 +103,18 @@ def test_compiled_whole_counts_once():
     for number in (1, 2):
         run(**words, labels=words["input_ids"]).loss.backward()
         assert pending(balancer) == [2 * number * int(words["attention_mask"].sum())]
+
+
+def test_a_model_on_our_kernels_counts_the_same():
+    found = []
+    for patched in (False, True):
+        model = make("DeepseekV3")
+        if patched:
+            assert patch(model).gates == 2
+        balancer = LoadBalancer(model)
+        model(**batch())
+        found.append([layer.counts.tolist() for layer in balancer._layers])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("name", ["DeepseekV3", "MiniMaxM2"])
