@@ -17,8 +17,11 @@ PROCESSORS = 2
 class Options(ctypes.Structure):
     """The options of a launch, as the entry points take them."""
 
-    _names = "rows experts k groups topk_groups group_top score type normalize".split()
-    _fields_ = [*((name, ctypes.c_int64) for name in _names), ("scale", ctypes.c_double)]
+    _integers = ("rows", "experts", "k", "groups", "topk_groups", "group_top", "score", "type")
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in (*_integers, "normalize")),
+        ("scale", ctypes.c_double),
+    ]
 
 
 def _address(tensor: Tensor | None) -> ctypes.c_void_p:

@@ -45,7 +45,9 @@ class Routing(NamedTuple):
 
 def _fake_tables(experts: Tensor, padding, num_experts) -> tuple[Tensor, ...]:
     pairs = experts.shape[0] * experts.shape[1]
-    return tuple(experts.new_empty((size,)) for size in (num_experts, num_experts + 1, pairs, pairs))
+    return tuple(
+        experts.new_empty((size,)) for size in (num_experts, num_experts + 1, pairs, pairs)
+    )
 
 
 def _fake(scores, bias, padding, k, *rest):
@@ -61,17 +63,20 @@ _forward = define(
     f"(Tensor experts, Tensor gates, {_TABLES})",
     reference=reference.forward,
     fake=_fake,
+    triton=f"{_TRITON}:forward",
 )
 _backward = define(
     "route_grad(Tensor grad_gates, Tensor scores, Tensor experts, Tensor? padding, str score_fn, "
     "bool normalize, float scale) -> Tensor",
     reference=reference.backward,
     fake=lambda grad_gates, scores, *rest: scores.new_empty(scores.shape),
+    triton=f"{_TRITON}:backward",
 )
 _tables = define(
     f"route_tables(Tensor experts, Tensor? padding, SymInt num_experts) -> ({_TABLES})",
     reference=reference.tables,
     fake=_fake_tables,
+    triton=f"{_TRITON}:tables",
 )
 
 
