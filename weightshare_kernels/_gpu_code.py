@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from weightshare_kernels import _triton
 
@@ -138,20 +139,21 @@ def examples(dtype: torch.dtype) -> Iterator[_triton.Example]:
             yield from importlib.import_module(name).examples(dtype)
 
 
-def record(call: Callable[[], object]) -> list[Launch]:
-    """Kernel launches that a call makes; none of them runs.
+def record(call: Callable[[], object], target: Target = TARGETS["sm_90"]) -> list[Launch]:
+    """Kernel launches that a call makes, as it would on a target; none of them runs.
 
     Raises:
         RuntimeError: under TRITON_INTERPRET there are no kernels to compile.
     """
     if _triton.interpreted():
         raise RuntimeError("TRITON_INTERPRET=1: kernels cannot be compiled; unset it")
-    _triton.recording = []
+    _triton.recording, assumed = [], _triton.assumed_capability
+    _triton.assumed_capability = target.capability
     try:
         call()
         return [Launch(*launch) for launch in _triton.recording]
     finally:
-        _triton.recording = None
+        _triton.recording, _triton.assumed_capability = None, assumed
 
 
 def specialise(launch: Launch) -> tuple[dict, dict, dict]:
@@ -164,6 +166,10 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
         fixed = parameter.is_constexpr or value is None
         if fixed or (_is_int(value) and value == 1 and not parameter.do_not_specialize):
             signature[name], constants[(at,)] = "constexpr", value
+            continue
+        if isinstance(value, TensorDescriptor):
+            box = ",".join(map(str, value.block_shape))
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{box}]>"
             continue
         if isinstance(value, Tensor):
             signature[name], number = f"*{_TYPES[value.dtype]}", value.data_ptr()

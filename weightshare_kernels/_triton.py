@@ -87,6 +87,20 @@ def multiprocessors(like: Tensor) -> int:
     return _multiprocessors(like.device) if like.device.type == "cuda" else 132
 
 
+assumed_capability = 90  # of the GPU that recorded launches are meant for, see _gpu_code
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def capability(like: Tensor) -> int:
+    """Compute capability of the tensor's GPU, 90 for 9.0; an assumed one where there is none."""
+    return _capability(like.device) if like.device.type == "cuda" else assumed_capability
+
+
 def precision(like: Tensor) -> str:
     """``"tf32"`` where PyTorch's own products may use it, else ``"ieee"``."""
     allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"

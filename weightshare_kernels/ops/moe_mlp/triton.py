@@ -104,7 +104,7 @@ def _rows_tile(kernel: str, r: _Routes, like: Tensor) -> Tile:
     """
     mean = r.pairs / max(r.experts, 1)
     if _triton.interpreted():
-        return Tile(16 if mean <= _FEW else 64, 64, 64, stages=1)
+        return Tile(16 if mean <= _FEW else 64, 256, 128, stages=1)
     size = like.element_size()
     if size == 8:
         return Tile(32, 32, 16, stages=2)
@@ -124,17 +124,27 @@ def _rows_tile(kernel: str, r: _Routes, like: Tensor) -> Tile:
     return tile
 
 
+def _parts(tile: Tile) -> int:
+    """Parts in which a tile's columns go through the epilogue of ``_hidden_grad_kernel``.
+
+    It holds some seven values to an element; 16 elements a thread leave room for the sum itself.
+    """
+    if _triton.interpreted():
+        return 2
+    return max(1, min(4, tile.m * tile.n // (16 * 32 * tile.warps)))
+
+
 def _sums_tile(kernel: str, r: _Routes, like: Tensor) -> Tile:
     """Tile of a weight's gradient, likewise; its sum runs over an expert's rows."""
     if _triton.interpreted():
-        return Tile(64, 64, 64, stages=1)
+        return Tile(64, 256, 128, stages=1)
     size = like.element_size()
     if size > 2:
         return Tile(32, 32, 16, stages=2) if size == 8 else Tile(64, 64, 32)
     tile = _triton.tuned(kernel, like)
     if tile is None:
         large = _triton.capability(like) >= 90
-        tile = Tile(128, 256 if large else 128, 64, warps=8)
+        tile = Tile(128, 256 if large else 128, 64, warps=8, stages=7 if large else 4)
     return tile
 
 
@@ -147,7 +157,8 @@ def _descriptors(r: _Routes, like: Tensor, *views: tuple[Tensor, list[int]]) -> 
     Not for a width per expert: a descriptor's bounds are the host's.
     """
     modern = _triton.interpreted() or (_triton.capability(like) >= 90 and like.itemsize == 2)
-    if not modern or r.widths is not None:
+    few = r.pairs <= _FEW * r.experts and not _triton.interpreted()
+    if not modern or few or r.widths is not None:
         return None
     for view, _ in views:
         steps = [stride * view.itemsize for stride in view.stride()[:-1]]
@@ -235,7 +246,7 @@ def _hidden_grad(
         (grad, made[0] if made else w, h, dh, weighted, sums, r.gates, table, tokens,
          r.permutation, r.widths, slots, r.pairs, r.width, grad.shape[1], *grad.stride(),
          w.stride(0), w.stride(3), w.stride(2)),
-        (r.activation, r.blocks),
+        (r.activation, r.blocks, _parts(tile)),
     )  # fmt: skip
     return dh, weighted, sums
 
@@ -268,7 +279,7 @@ def _weight_grad_(
 
 def _combine(parts: Tensor, y: Tensor, r: _Routes) -> None:
     """``y [tokens, d] =`` sums over the slots of ``parts [pairs, d]``."""
-    rows, columns = (64, 64) if _triton.interpreted() else (1, 1024)
+    rows, columns = (64, 256) if _triton.interpreted() else (1, 1024)
     _triton.launch(
         _combine_kernel,
         (triton.cdiv(y.shape[0], rows), triton.cdiv(y.shape[1], columns)),

@@ -41,20 +41,20 @@ def _plan_kernel(
         start = tl.minimum(tl.maximum(start, 0), pairs).to(tl.int32)
         stop = tl.load(offsets + e + 1, mask=e < experts, other=0)
         stop = tl.maximum(tl.minimum(stop, pairs), start).to(tl.int32)
-        tiles = tl.cdiv(stop - start, BM)
-        tl.store(plan, tl.minimum(tl.sum(tiles, 0), slots), mask=me == 0)
+        tiles = (stop - start + BM - 1) // BM
+        if me == 0:
+            tl.store(plan, tl.minimum(tl.sum(tiles, 0), slots))
         before = tl.sum(tl.where(e < me, tiles, 0), 0)
-        mine = tl.sum(tl.where(e == me, tiles, 0), 0)
-        first = tl.sum(tl.where(e == me, start, 0), 0)
-        last = tl.sum(tl.where(e == me, stop, 0), 0)
-        for i in range(0, mine, BLOCK):
-            number = i + tl.arange(0, BLOCK)
-            row = first + number * BM
-            to = plan + 1 + before + number
-            ok = (number < mine) & (before + number < slots)
-            tl.store(to, tl.zeros_like(number) + me, mask=ok)
-            tl.store(to + slots, row, mask=ok)
-            tl.store(to + 2 * slots, tl.minimum(row + BM, last), mask=ok)
+        first = tl.minimum(tl.maximum(tl.load(offsets + me), 0), pairs).to(tl.int32)
+        last = tl.minimum(tl.load(offsets + me + 1), pairs).to(tl.int32)
+        for row in range(first, last, BM * BLOCK):
+            rows = row + BM * tl.arange(0, BLOCK)
+            slot = before + (rows - first) // BM
+            ok = (rows < last) & (slot < slots)
+            to = plan + 1 + slot
+            tl.store(to, tl.zeros_like(rows) + me, mask=ok)
+            tl.store(to + slots, rows, mask=ok)
+            tl.store(to + 2 * slots, tl.minimum(rows + BM, last), mask=ok)
 
 
 @triton.jit
@@ -275,6 +275,39 @@ def _spread_kernel(
         )
 
 
+@triton.jit
+def _after_hidden(
+    acc, h, dh, weighted, factor, rows, stop, col, used, width,
+    ACTIVATION: tl.constexpr, NB: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """Store what follows from ``dy W_down`` in some columns; their share of the gates' gradient."""
+    SUM: tl.constexpr = acc.dtype
+    cols = col + tl.arange(0, acc.shape[1])
+    ok = (rows < stop)[:, None] & (cols < width)[None, :]
+    line = rows.to(tl.int64)[:, None] * width + cols[None, :]
+    # Two blocks lie side by side in a row of h.
+    wide = line if NB == 1 else rows.to(tl.int64)[:, None] * (2 * width) + cols[None, :]
+    gate = tl.load(h + wide, mask=ok, other=0.0).to(SUM)
+    up = gate
+    if NB == 2:
+        up = tl.load(h + wide + width, mask=ok, other=0.0).to(SUM)
+    if OWN:  # of h, only what this expert uses was ever written
+        narrow = (cols < used)[None, :]
+        gate, up = tl.where(narrow, gate, 0.0), tl.where(narrow, up, 0.0)
+        acc = tl.where(narrow, acc, 0.0)
+    active = _activate(gate, up, ACTIVATION)
+    share = tl.sum(acc * active, 1)
+    kind: tl.constexpr = h.dtype.element_ty
+    if weighted is not None:
+        tl.store(weighted + line, _rounded(active * factor[:, None], kind), mask=ok)
+    if dh is not None:
+        d_gate, d_up = _backward(gate, up, acc * factor[:, None], ACTIVATION)
+        tl.store(dh + wide, _rounded(d_gate, kind), mask=ok)
+        if NB == 2:
+            tl.store(dh + wide + width, _rounded(d_up, kind), mask=ok)
+    return share
+
+
 @triton.jit(do_not_specialize=["slots", "pairs"])
 def _hidden_grad_kernel(
     grad, w,  # [tokens, d], gathered; [experts, 1, d, width]
@@ -284,7 +317,9 @@ def _hidden_grad_kernel(
     gates, plan, tokens, permutation, widths,
     slots, pairs, width, d,
     g_m, g_k, w_e, w_n, w_k,  # strides
-    ACTIVATION: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, NB: tl.constexpr,
+    PARTS: tl.constexpr,  # in which the columns of a tile end, for want of registers
+    TMA: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -305,27 +340,17 @@ def _hidden_grad_kernel(
         )  # fmt: skip
         pair = tl.load(permutation + inside)
         factor = tl.load(gates + tl.minimum(tl.maximum(pair, 0), pairs - 1)).to(SUM)
-        cols = col + tl.arange(0, BN)
-        ok = (rows < stop)[:, None] & (cols < width)[None, :]
-        line = rows.to(tl.int64)[:, None] * width
-        gate = tl.load(h + line * NB + cols[None, :], mask=ok, other=0.0).to(SUM)
-        if NB == 2:
-            up = tl.load(h + line * NB + width + cols[None, :], mask=ok, other=0.0).to(SUM)
-        else:
-            up = gate
-        if widths is not None:  # of h, only what this expert uses was ever written
-            narrow = (cols < used)[None, :]
-            gate, up = tl.where(narrow, gate, 0.0), tl.where(narrow, up, 0.0)
-            acc = tl.where(narrow, acc, 0.0)
-        active = _activate(gate, up, ACTIVATION)
-        tl.store(sums + (col // BN).to(tl.int64) * pairs + rows, tl.sum(acc * active, 1),
-                 mask=rows < stop)  # fmt: skip
-        kind: tl.constexpr = h.dtype.element_ty
-        if weighted is not None:
-            to = weighted + line + cols[None, :]
-            tl.store(to, _rounded(active * factor[:, None], kind), mask=ok)
-        if dh is not None:
-            d_gate, d_up = _backward(gate, up, acc * factor[:, None], ACTIVATION)
-            tl.store(dh + line * NB + cols[None, :], _rounded(d_gate, kind), mask=ok)
-            if NB == 2:
-                tl.store(dh + line * NB + width + cols[None, :], _rounded(d_up, kind), mask=ok)
+        share = tl.zeros((BM,), SUM)
+        for part in tl.static_range(PARTS):
+            if PARTS == 1:
+                piece = acc
+            elif PARTS == 2:
+                piece = _halves(acc)[part]
+            else:
+                piece = _halves(_halves(acc)[part // 2])[part % 2]
+            share += _after_hidden(
+                piece, h, dh, weighted, factor, rows, stop, col + part * (BN // PARTS), used,
+                width, ACTIVATION, NB, widths is not None,
+            )  # fmt: skip
+        to = sums + (col // BN).to(tl.int64) * pairs + rows
+        tl.store(to, share, mask=rows < stop)
