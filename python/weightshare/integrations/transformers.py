@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from weightshare.integrations.gates import ARGUMENT, GATES, Gate, gate_of
-from weightshare_kernels.ops.moe_mlp import moe_mlp
-from weightshare_kernels.ops.route import route, routing_of
+from weightshare_kernels import moe_mlp, route, routing_of
 
 NAME = "weightshare"
 

@@ -15,9 +15,8 @@ from weightshare.moe._counting import count_
 from weightshare.nn.elastic import Axis, total
 from weightshare.nn.mlp import MLP, GatedMLP
 from weightshare.sizes import Blocks, Interleaved, Size
-from weightshare_kernels import _checks
-from weightshare_kernels.ops.moe_mlp import _widths, moe_mlp
-from weightshare_kernels.ops.route import Routing, route
+from weightshare_kernels import Routing, _checks, moe_mlp, route
+from weightshare_kernels.ops.moe_mlp import _widths
 
 Width = int | Sequence[int] | Tensor | None
 Self = TypeVar("Self", bound=nn.Module)
