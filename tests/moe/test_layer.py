@@ -201,6 +201,12 @@ def test_width_of_a_search_space():
         moe.set_active(4)
 
 
+def test_experts_alone_export_as_a_drop_in():
+    router, experts, x = make().router, make().experts.set_active(7), tokens(30)
+    routing, _ = router(x, torch.arange(30) % 5 == 0)
+    torch.testing.assert_close(experts.export()(x, routing), experts(x, routing))
+
+
 def test_export_keeps_what_it_should():
     moe = make("shared_gate", dtype=torch.bfloat16).eval()
     moe.experts.down.requires_grad_(False)

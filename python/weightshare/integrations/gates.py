@@ -19,7 +19,6 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
@@ -32,11 +31,10 @@ class Gate:
     """What one family of gates computes.
 
     Args:
-        kinds: ``model.Class`` of each, as in ``transformers.models.<model>``; wildcards as in file
-            names.
+        kinds: ``model.Class`` of each, as in ``transformers.models.<model>``.
         source: :func:`fingerprint` of their ``forward``.
         score_fn: of ``route``.
-        product: dtype of the logits: ``"float32"``, or that of the ``"input"``.
+        product: dtype of the logits: ``"float32"``, or that of the ``"input"`` or ``"weight"``.
         weights: dtype of the weights that go to the experts: ``"float32"``, that of the
             ``"logits"`` or that of the ``"input"``.
         logits: dtype in which the logits are returned: None (as they are) or ``"float32"``.
@@ -65,11 +63,9 @@ class Gate:
         The class that defines its ``forward`` counts: a subclass with another one is not.
         """
         owner = _owner(module)
-        name = f"{owner.__module__}.{owner.__qualname__}"
-        return any(
-            fnmatchcase(name, "transformers.models.{}.*.{}".format(*kind.split(".")))
-            for kind in self.kinds
-        )
+        library, _, rest = owner.__module__.partition(".models.")
+        name = f"{rest.partition('.')[0]}.{owner.__qualname__}"
+        return library == "transformers" and name in self.kinds
 
     def doubt(self, module: nn.Module) -> str | None:
         """Why this row may not tell what a module of its kinds computes; None if it does."""
@@ -96,8 +92,9 @@ def _owner(module: nn.Module) -> type:
 def fingerprint(function: Callable) -> str:
     """Digest of a function's code without comments and layout; empty where there is no source."""
     try:
-        source = textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
+        # Of the code object: of a wrapped function, `inspect` would look through the wrapper.
+        source = textwrap.dedent(inspect.getsource(function.__code__))
+    except (AttributeError, OSError):
         return ""
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
@@ -139,6 +136,21 @@ GATES = (
         normalize="norm_topk_prob",
         scale="routed_scaling_factor",
     ),
+    Gate(
+        ("beam.BeamTopKRouter",),
+        "b8eca9b049cb",
+        "sigmoid",
+        bias="e_score_correction_bias",
+        groups=("num_group", "topk_group"),
+        normalize="norm_topk_prob",
+    ),
+    Gate(
+        ("mistral_large4.MistralLarge4TextTopkRouter",),
+        "8783cc496ffd",
+        "softmax",
+        groups=("num_group", "topk_group"),
+        scale="routed_scaling_factor",
+    ),
     # Softmax over all experts; the model says whether weights are normalised.
     Gate(
         (
@@ -178,7 +190,12 @@ GATES = (
     ),
     # A softmax over the chosen logits is one over all of them, normalised.
     Gate(
-        ("granitemoe*.GraniteMoe*TopKRouter",),
+        (
+            "granitemoe.GraniteMoeTopKRouter",
+            "granitemoe_swa.GraniteMoeSWATopKRouter",
+            "granitemoehybrid.GraniteMoeHybridTopKRouter",
+            "granitemoeshared.GraniteMoeSharedTopKRouter",
+        ),
         "0ac245dc26cd",
         "softmax",
         product="input",
@@ -194,7 +211,11 @@ GATES = (
         normalize=False,
     ),
     Gate(
-        ("deepseek_v2.DeepseekV2TopkRouter", "*ocr*.*TextTopkRouter"),
+        (
+            "deepseek_ocr2.DeepseekOcr2TextTopkRouter",
+            "deepseek_v2.DeepseekV2TopkRouter",
+            "unlimited_ocr.UnlimitedOcrTextTopkRouter",
+        ),
         "0df719c3b24d",
         "softmax",
         normalize=False,

@@ -7,6 +7,7 @@ also makes them what the tests compare the real layer with.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,13 @@ SCORES = {
     "softmax": lambda logits: logits.softmax(-1),
     "sqrt_softplus": lambda logits: F.softplus(logits).sqrt(),
 }
+
+
+class Choice(NamedTuple):
+    """Experts ``[T, k]`` of T tokens, best first, and their gates ``[T, k]``."""
+
+    experts: Tensor
+    gates: Tensor
 
 
 class Router(nn.Module):
@@ -59,8 +67,8 @@ class Router(nn.Module):
         offset = torch.zeros(num_experts, device=device) if bias else None
         self.register_buffer("balance_bias", offset)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts ``[T, k]`` and gates ``[T, k]`` of tokens ``[T, d]``."""
+    def forward(self, x: Tensor) -> Choice:
+        """Choice of experts for tokens ``[T, d]``."""
         kind = torch.promote_types(x.dtype, torch.float32)
         scores = SCORES[self.score_fn](F.linear(x.to(kind), self.weight.to(kind)))
         ranked = scores.detach()
@@ -80,7 +88,7 @@ class Router(nn.Module):
         gates = scores.gather(1, experts)
         if self.normalize:
             gates = gates / (gates.sum(1, keepdim=True) + 1e-20)
-        return experts, gates * self.scale
+        return Choice(experts, gates * self.scale)
 
 
 def _top(values: Tensor, count: int, allowed: Tensor | None = None) -> Tensor:
@@ -104,19 +112,24 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.zeros(num_experts, rows, dim, device=device))
         self.down = nn.Parameter(torch.zeros(num_experts, dim, hidden, device=device))
 
-    def forward(self, x: Tensor, experts: Tensor, gates: Tensor) -> Tensor:
-        """Sum of the chosen experts: tokens ``[T, d]``, experts and gates ``[T, k]``."""
+    def forward(self, x: Tensor, routing) -> Tensor:
+        """Gated sum of the chosen experts.
+
+        Args:
+            x: tokens ``[T, d]``.
+            routing: a :class:`Choice`, or whatever else has ``experts`` and ``gates``.
+        """
         function = ACTIVATIONS[self.activation]
         y = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
         for expert in range(self.down.shape[0]):
-            tokens, slots = (experts == expert).nonzero(as_tuple=True)
+            tokens, slots = (routing.experts == expert).nonzero(as_tuple=True)
             h = F.linear(x[tokens], self.gate_up[expert])
             if GATED[self.activation]:
                 gate, up = h.chunk(2, -1)
                 h = function(gate) * up
             else:
                 h = function(h)
-            out = F.linear(h, self.down[expert]) * gates[tokens, slots, None]
+            out = F.linear(h, self.down[expert]) * routing.gates[tokens, slots, None]
             y = y.index_add(0, tokens, out.to(y.dtype))
         return y.to(x.dtype)
 
@@ -175,10 +188,11 @@ class MoE(nn.Module):
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """Send tokens ``[..., d]`` through their experts; padding goes through the shared alone."""
         flat = x.reshape(-1, x.shape[-1])
-        experts, gates = self.router(flat)
+        routing = self.router(flat)
         if padding_mask is not None:
-            gates = gates.masked_fill(padding_mask.reshape(-1, 1), 0)
-        y = self.experts(flat, experts, gates).view(x.shape)
+            gates = routing.gates.masked_fill(padding_mask.reshape(-1, 1), 0)
+            routing = Choice(routing.experts, gates)
+        y = self.experts(flat, routing).view(x.shape)
         if self.shared is not None:
             shared = self.shared(x)
             if self.shared_gate is not None:
