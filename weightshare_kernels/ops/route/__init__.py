@@ -90,7 +90,7 @@ def route(
     topk_groups: int | None = None,
     group_score: str = "top2",
     normalize: bool = True,
-    scale: float = 1.0,
+    scale: float = 1,  # not 1.0: the compiler would make a graph input of it, and trace twice
     padding_mask: Tensor | None = None,
 ) -> Routing:
     """Choose k of E experts for each token, and sort the tokens by expert.
@@ -130,7 +130,9 @@ def route(
     topk_groups, group_top = _check_groups(scores.shape[1], k, groups, topk_groups, group_score)
     if score_fn not in SCORE_FNS:
         raise ValueError(f"score_fn: expected one of {', '.join(SCORE_FNS)}, got {score_fn!r}")
-    if isinstance(scale, float | int) and not math.isfinite(scale):
+    if isinstance(scale, bool) or not isinstance(scale, float | int | torch.SymFloat):
+        raise TypeError(f"scale: expected a number, got {scale!r} of type {type(scale).__name__}")
+    if not abs(scale) < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
     if bias is not None:
         bias = bias.detach().to(_checks.accumulate_dtype(scores.dtype))

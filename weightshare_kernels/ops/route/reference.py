@@ -32,13 +32,19 @@ def forward(
 
 
 def score(logits: Tensor, score_fn: str) -> Tensor:
-    """Scores of logits, in float32, or float64 for float64."""
-    x = logits.to(_checks.accumulate_dtype(logits.dtype))
+    """Scores of logits, in float32, or float64 for float64.
+
+    Rounded from float64: the vector and the scalar part of one PyTorch loop differ in the last
+    bit, and equal logits must have equal scores, or they would not tie.
+    """
+    x = logits.double()
     if score_fn == "sigmoid":
-        return x.sigmoid()
-    if score_fn == "softmax":
-        return x.softmax(-1)
-    return torch.logaddexp(x, x.new_zeros(())).sqrt()  # softplus without its threshold
+        s = x.sigmoid()
+    elif score_fn == "softmax":
+        s = x.softmax(-1)
+    else:
+        s = torch.logaddexp(x, x.new_zeros(())).sqrt()  # softplus without its threshold
+    return s.to(_checks.accumulate_dtype(logits.dtype))
 
 
 def choose(choice: Tensor, k: int, groups: int, topk_groups: int, group_top: int) -> Tensor:
