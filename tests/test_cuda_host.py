@@ -12,9 +12,10 @@ from pathlib import Path
 import cuda_host
 import pytest
 import torch
-from cuda_host import _build
+from cuda_host import _build, routing
 
 from weightshare_kernels.ops.entangle import reference
+from weightshare_kernels.ops.route import reference as routing_reference
 
 pytestmark = pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler on this machine")
 ROOT = Path(__file__).parents[1]
@@ -32,10 +33,10 @@ def pointer(tensor):
 @pytest.fixture(params=[False, True], ids=["ascending", "descending"])
 def order(request):
     """Run the threads of a block from first to last, and from last to first."""
-    for name in ("shim", "entangle"):
+    for name in ("shim", "entangle", "route"):
         _build.load(name).run_descending(int(request.param))
     yield request.param
-    for name in ("shim", "entangle"):
+    for name in ("shim", "entangle", "route"):
         _build.load(name).run_descending(0)
 
 
@@ -88,6 +89,16 @@ def test_shuffles_and_votes(order, width):
         assert got[:4] == [first + 1, up, down, lane ^ 5]
         assert got[4] & 0xFFFFFFFF == thirds
         assert got[5:] == [1, 1]
+
+
+def test_matches_and_integer_reductions(order):
+    out = torch.zeros(64, 3, dtype=torch.int32)
+    _build.call(_build.load("route").run_warp_integers, pointer(out))
+    for thread, (match, largest, smallest) in enumerate(out.tolist()):
+        same = [lane for lane in range(32) if lane % 5 == thread % 32 % 5]
+        assert match & 0xFFFFFFFF == sum(1 << lane for lane in same)
+        assert largest & 0xFFFFFFFF == (31 if thread < 32 else 63) << 24  # unsigned
+        assert smallest == (7 if thread < 32 else 39)
 
 
 def test_half_warps_meet_apart(order):
@@ -281,14 +292,66 @@ def test_entangle_counts_beyond_32_bits(columns):
     assert (end.value, row.value) == (rows * columns, rows - 1)
 
 
-def test_entangle_stays_inside_its_memory():
-    """Random shapes and any class values on memory fenced by forbidden pages."""
+def stays_inside(module, count):
+    """Random cases on memory fenced by forbidden pages, in a process that may die of it."""
     paths = [ROOT, ROOT / "python", ROOT / "tests"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    command = [sys.executable, "-m", "cuda_host.guarded", "0", "60"]
+    command = [sys.executable, "-m", f"cuda_host.{module}", "0", str(count)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["60"]
+    assert done.stdout.split() == [str(count)]
+
+
+def test_entangle_stays_inside_its_memory():
+    """Random shapes and any class values."""
+    stays_inside("guarded", 60)
+
+
+# ---- route --------------------------------------------------------------------------------------
+
+
+def routed(scores, *, padding=None, k=8, groups=(1, 1), processors=2):
+    """Outputs of the routing kernels, forward and backward."""
+    options = "sigmoid", *groups, 2, True, 1.0
+    out = routing.route(scores, None, padding, k, *options, processors=processors)
+    return *out, routing.route_grad(out[1], scores, out[0], padding, "sigmoid", True, 1.0)
+
+
+def test_route_does_not_depend_on_blocks_or_thread_order():
+    generator = torch.Generator().manual_seed(0)
+    scores = (torch.randn(500, 48, generator=generator) * 4).round() / 4  # with ties
+    padding = torch.rand(500, generator=generator) < 0.2
+    results = []
+    for number, processors in enumerate((1, 2, 3, 7)):
+        _build.load("route").run_descending(number % 2)
+        results.append(routed(scores, padding=padding, groups=(6, 3), processors=processors))
+    _build.load("route").run_descending(0)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "experts, k, dtype",
+    [(1, 1, torch.float32), (1024, 64, torch.bfloat16), (2048, 40, torch.float64)],
+)
+def test_route_sizes(experts, k, dtype):
+    """As many experts as leave a block of 16, 8 and 1 warps."""
+    scores = torch.randn(70, experts, generator=torch.Generator().manual_seed(1)).to(dtype)
+    ids, gates, *tables, _ = routed(scores, k=k)
+    wanted = scores.double().sigmoid().float() if dtype != torch.float64 else scores.sigmoid()
+    assert torch.equal(ids, wanted.sort(dim=-1, descending=True, stable=True).indices[:, :k])
+    torch.testing.assert_close(gates.sum(1), torch.ones(70, dtype=gates.dtype))
+    for got, want in zip(tables, routing_reference.tables(ids, None, experts), strict=True):
+        assert torch.equal(got, want)
+
+
+def test_route_refuses_more_experts_than_fit():
+    with pytest.raises(RuntimeError, match="refused"):
+        routed(torch.zeros(3, 20000))
+
+
+def test_route_stays_inside_its_memory():
+    stays_inside("guarded_route", 60)
 
 
 # ---- nvcc ---------------------------------------------------------------------------------------

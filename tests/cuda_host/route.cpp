@@ -64,3 +64,21 @@ extern "C" const char* route_backward(const Options* o, const void* grad, const 
                              {static_cast<const float*>(grad), logits, padding, ids, to}, nullptr);
   });
 }
+
+// ---- what routing added to the shim -------------------------------------------------------------
+
+namespace {
+
+__global__ void warp_integers(int* out) {
+  const int lane = threadIdx.x % 32;
+  int* mine = out + 3 * threadIdx.x;
+  mine[0] = static_cast<int>(__match_any_sync(kAllLanes, lane % 5 - 2));
+  mine[1] = static_cast<int>(__reduce_max_sync(kAllLanes, threadIdx.x * 0x01000000u));
+  mine[2] = static_cast<int>(__reduce_min_sync(kAllLanes, threadIdx.x + 7));
+}
+
+}  // namespace
+
+extern "C" const char* run_warp_integers(int* out) {
+  return guarded([&] { return launch(warp_integers, 1, 64, 0, nullptr, out); });
+}
