@@ -1,117 +1,8 @@
-// Scores, the choice of experts and their gates for one instruction set; included by route_isa.h.
+// The choice of experts and their gates for one instruction set; included by route_isa.h.
 //
-// Loops over kRouteLanes neighbours are vectors on every instruction set, and sums run along lanes
-// in one order on all of them. The k best of a row of n are found in three steps that have no
-// branch on the data: the k-th largest of 16 lane-wise maxima is a bound that at least k elements
-// reach; few more do (11 of 256 for k = 8); each of those few is ranked by counting the better
-// ones.
-
-constexpr int64_t kRouteLanes = 16;
-
-inline int64_t whole_lanes(int64_t n) { return (n + kRouteLanes - 1) / kRouteLanes * kRouteLanes; }
-
-// ---- score functions ----------------------------------------------------------------------------
-
-// exp, within an ulp or so; NaN stays. Cody-Waite reduction, polynomial of the Cephes library. The
-// power of two is applied in two halves, so that the result overflows and underflows by itself.
-inline float exponential(float x) {
-  x = x < -104.0f ? -104.0f : x;
-  x = x > 89.0f ? 89.0f : x;
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: the sum's low bits are the rounded integer
-  const float shifted = x * 1.44269504088896341f + kMagic;
-  const float n = shifted - kMagic;
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = (p * r * r + r) + 1.0f;
-  const int32_t whole =
-      static_cast<int32_t>(std::bit_cast<uint32_t>(shifted) - std::bit_cast<uint32_t>(kMagic));
-  const int32_t half = whole >> 1;
-  const auto power = [](int32_t e) {
-    return std::bit_cast<float>(static_cast<uint32_t>(e + 127) << 23);
-  };
-  return p * power(half) * power(whole - half);
-}
-inline double exponential(double x) { return std::exp(x); }
-
-// log(1 + u) for u in 0..1, by 2 atanh(u / (2 + u)), which loses nothing for small u.
-inline float log_1_plus(float u) {
-  const float z = u / (2.0f + u), w = z * z;
-  float p = 0.11620364f;
-  p = p * w + 0.10851448f;
-  p = p * w + 0.14296309f;
-  p = p * w + 0.19999850f;
-  p = p * w + 0.33333334f;
-  return 2.0f * (z + z * w * p);
-}
-inline double log_1_plus(double u) { return std::log1p(u); }
-
-template <class S>
-inline S sigmoid(S x) {
-  return S(1) / (S(1) + exponential(-x));
-}
-
-template <class S>
-inline S sqrt_softplus(S x) {
-  const S magnitude = x < S(0) ? -x : x;
-  return std::sqrt((x > S(0) ? x : S(0)) + log_1_plus(exponential(-magnitude)));
-}
-
-// The larger of each lane; a NaN in `b` does not count.
-template <class S>
-inline void larger(S* a, const S* b) {
-  for (int64_t l = 0; l < kRouteLanes; ++l) a[l] = b[l] > a[l] ? b[l] : a[l];
-}
-
-template <class S>
-inline S largest_lane(const S* lanes) {
-  S m[kRouteLanes];
-  for (int64_t l = 0; l < kRouteLanes; ++l) m[l] = lanes[l];
-#pragma GCC unroll 4
-  for (int64_t half = kRouteLanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) m[l] = m[l + half] > m[l] ? m[l + half] : m[l];
-  return m[0];
-}
-
-// In place over a row padded to whole lanes with -inf.
-template <class S>
-void softmax_row(S* s, int64_t width) {
-  S lanes[kRouteLanes];
-  for (int64_t l = 0; l < kRouteLanes; ++l) lanes[l] = s[l];
-  for (int64_t e = kRouteLanes; e < width; e += kRouteLanes) larger(lanes, s + e);
-  const S top = largest_lane(lanes);
-  for (int64_t l = 0; l < kRouteLanes; ++l) lanes[l] = S(0);
-  for (int64_t e = 0; e < width; e += kRouteLanes) {
-    for (int64_t l = 0; l < kRouteLanes; ++l) {
-      s[e + l] = exponential(s[e + l] - top);
-      lanes[l] += s[e + l];
-    }
-  }
-#pragma GCC unroll 4
-  for (int64_t half = kRouteLanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-  const S total = lanes[0];
-  for (int64_t e = 0; e < width; ++e) s[e] /= total;
-}
-
-// Scores of n logits; beyond them, up to whole lanes, s holds what may be overwritten.
-template <class T>
-void score_row(const T* x, int64_t n, ScoreFn fn, Sum<T>* s) {
-  using S = Sum<T>;
-  if (fn == ScoreFn::sigmoid) {
-    for (int64_t e = 0; e < n; ++e) s[e] = sigmoid<S>(widen(x[e]));
-  } else if (fn == ScoreFn::sqrt_softplus) {
-    for (int64_t e = 0; e < n; ++e) s[e] = sqrt_softplus<S>(widen(x[e]));
-  } else {
-    for (int64_t e = 0; e < n; ++e) s[e] = widen(x[e]);
-    for (int64_t e = n; e < whole_lanes(n); ++e) s[e] = -std::numeric_limits<S>::infinity();
-    softmax_row(s, whole_lanes(n));
-  }
-}
+// The k best of a row of n are found in three steps that have no branch on the data: the k-th
+// largest of 16 lane-wise maxima is a bound that at least k elements reach; few more do (11 of 256
+// for k = 8); each of those few is ranked by counting the better ones.
 
 // ---- the k best of a row ------------------------------------------------------------------------
 
@@ -182,22 +73,16 @@ struct RouteScratch {
 // Ids of n <= kRanked values, best first; v is padded to whole lanes with -inf.
 template <class S>
 void rank_few(const S* v, const int32_t* ids, int64_t n, int32_t* best) {
-  using Int = std::conditional_t<std::is_same_v<S, double>, int64_t, int32_t>;
-  Int rank[kRanked];
+  using Counts = LaneCounts<S>;
+  typename Counts::Int rank[kRanked];
   for (int64_t block = 0; block < n; block += kRouteLanes) {
-    Int better[kRouteLanes] = {};
-    S mine[kRouteLanes];
-    for (int64_t l = 0; l < kRouteLanes; ++l) mine[l] = v[block + l];
-    const int64_t before = std::min(block, n), within = std::min(block + kRouteLanes, n);
-    for (int64_t i = 0; i < before; ++i)  // of equals the earlier is better
-      for (int64_t l = 0; l < kRouteLanes; ++l) better[l] += v[i] >= mine[l];
-    for (int64_t i = before; i < within; ++i) {
-      for (int64_t l = 0; l < kRouteLanes; ++l)
-        better[l] += (v[i] > mine[l]) | ((v[i] == mine[l]) & (Int(i - block) < Int(l)));
-    }
-    for (int64_t i = within; i < n; ++i)
-      for (int64_t l = 0; l < kRouteLanes; ++l) better[l] += v[i] > mine[l];
-    for (int64_t l = 0; l < kRouteLanes; ++l) rank[block + l] = better[l];
+    const auto mine = Lanes<S>::load(v + block);
+    Counts better;
+    int64_t i = 0;
+    for (; i < block; ++i) better.at_least(v[i], mine);  // of equals the earlier is better
+    for (; i < std::min(block + kRouteLanes, n); ++i) better.greater_from(v[i], i - block, mine);
+    for (; i < n; ++i) better.greater(v[i], mine);
+    std::memcpy(rank + block, better.v, sizeof better.v);
   }
   for (int64_t i = 0; i < n; ++i) best[rank[i]] = ids == nullptr ? static_cast<int32_t>(i) : ids[i];
 }
@@ -205,16 +90,20 @@ void rank_few(const S* v, const int32_t* ids, int64_t n, int32_t* best) {
 // The k-th largest of 16 lane-wise maxima.
 template <class S>
 S bound_of(const S* v, int64_t width, int64_t k) {
-  using Int = std::conditional_t<std::is_same_v<S, double>, int64_t, int32_t>;
-  S top[kRouteLanes];
-  Int better[kRouteLanes] = {};
-  for (int64_t l = 0; l < kRouteLanes; ++l) top[l] = v[l];
-  for (int64_t e = kRouteLanes; e < width; e += kRouteLanes) larger(top, v + e);
-  for (int64_t i = 0; i < kRouteLanes; ++i)
-    for (int64_t l = 0; l < kRouteLanes; ++l) better[l] += top[i] > top[l];
-  for (int64_t l = 0; l < kRouteLanes; ++l)  // negated: the least of those becomes the largest
-    top[l] = better[l] < Int(k) ? -top[l] : -std::numeric_limits<S>::infinity();
-  return -largest_lane(top);
+  using Counts = LaneCounts<S>;
+  auto top = Lanes<S>::load(v);
+  for (int64_t e = kRouteLanes; e < width; e += kRouteLanes) top.larger(Lanes<S>::load(v + e));
+  S each[kRouteLanes];
+  top.store(each);
+  Counts better;
+  for (int64_t i = 0; i < kRouteLanes; ++i) better.greater(each[i], top);
+  // The least of those that fewer than k exceed; negated, the largest.
+  for (int i = 0; i < Lanes<S>::kVectors; ++i) {
+    const auto none = typename Lanes<S>::V{} - std::numeric_limits<S>::infinity();
+    const auto limit = typename Counts::I{} + typename Counts::Int(k);
+    top.v[i] = better.v[i] < limit ? -top.v[i] : none;
+  }
+  return -top.largest();
 }
 
 // Ids of the k best of v[0..n), best first, of equals the earlier one; v is free of NaN and padded
@@ -248,23 +137,27 @@ void best_of(const S* v, int64_t n, int64_t k, RouteScratch<S>& scratch, int32_t
 // Sum of the two best of a padded row.
 template <class S>
 S two_best(const S* v, int64_t width) {
-  S first[kRouteLanes], second[kRouteLanes];
-  for (int64_t l = 0; l < kRouteLanes; ++l) {
-    first[l] = v[l];
-    second[l] = -std::numeric_limits<S>::infinity();
+  auto first = Lanes<S>::load(v), second = Lanes<S>::all(-std::numeric_limits<S>::infinity());
+  for (int64_t e = kRouteLanes; e < width; e += kRouteLanes) {
+    const auto next = Lanes<S>::load(v + e);
+    auto low = first;
+    low.smaller(next);
+    first.larger(next);
+    second.larger(low);
   }
-  const auto merge = [&](int64_t l, S a, S b) {  // a >= b
-    const S low = first[l] > a ? a : first[l], rest = second[l] > b ? second[l] : b;
-    first[l] = first[l] > a ? first[l] : a;
-    second[l] = low > rest ? low : rest;
-  };
-  for (int64_t e = kRouteLanes; e < width; e += kRouteLanes)
-    for (int64_t l = 0; l < kRouteLanes; ++l)
-      merge(l, v[e + l], -std::numeric_limits<S>::infinity());
-#pragma GCC unroll 4
-  for (int64_t half = kRouteLanes / 2; half > 0; half /= 2)
-    for (int64_t l = 0; l < half; ++l) merge(l, first[l + half], second[l + half]);
-  return first[0] + second[0];
+  S a[kRouteLanes], b[kRouteLanes];
+  first.store(a);
+  second.store(b);
+  for (int64_t half = kRouteLanes / 2; half > 0; half /= 2) {
+    for (int64_t l = 0; l < half; ++l) {
+      const S high = a[l] > a[l + half] ? a[l] : a[l + half];
+      const S low = a[l] > a[l + half] ? a[l + half] : a[l];
+      const S rest = b[l] > b[l + half] ? b[l] : b[l + half];
+      a[l] = high;
+      b[l] = low > rest ? low : rest;
+    }
+  }
+  return a[0] + b[0];
 }
 
 // Copies n values and pads them to whole lanes with -inf.
@@ -322,7 +215,8 @@ void choose_rows(const RouteRows<T>& rows, int64_t r0, int64_t r1) {
       for (int64_t j = 0; j < o.k; ++j) ids[j] = j, gates[j] = S(0);
       continue;
     }
-    score_row(rows.logits + r * o.experts, o.experts, o.fn, s);
+    widen_row(rows.logits + r * o.experts, o.experts, s);
+    score_row(s, o.experts, o.fn);
     for (int64_t e = 0; e < o.experts; ++e) {
       const S v = rows.bias == nullptr ? s[e] : s[e] + rows.bias[e];
       choice[e] = v == v ? v : kLowest;
@@ -359,7 +253,9 @@ template <class T>
 void choose_rows_backward(const RouteGradRows<T>& rows, int64_t r0, int64_t r1) {
   using S = Sum<T>;
   const RouteOptions& o = rows.o;
-  std::vector<S> scores(whole_lanes(o.experts)), chosen(o.k), d(o.k), at(o.k);
+  const int64_t width = whole_lanes(o.k);
+  constexpr S kLowest = -std::numeric_limits<S>::infinity();
+  std::vector<S> scores(whole_lanes(o.experts)), at(width), chosen(width), slope(width), d(o.k);
   for (int64_t r = r0; r < r1; ++r) {
     const T* x = rows.logits + r * o.experts;
     T* to = rows.to + r * o.experts;
@@ -368,7 +264,8 @@ void choose_rows_backward(const RouteGradRows<T>& rows, int64_t r0, int64_t r1) 
     if (rows.padding != nullptr && rows.padding[r]) continue;
     if (o.fn == ScoreFn::softmax) {
       S* s = scores.data();
-      score_row(x, o.experts, o.fn, s);
+      widen_row(x, o.experts, s);
+      score_row(s, o.experts, o.fn);
       for (int64_t j = 0; j < o.k; ++j) chosen[j] = s[ids[j]];
       unnormalize(o, rows.grad + r * o.k, chosen.data(), d.data());
       S along = S(0);
@@ -377,14 +274,19 @@ void choose_rows_backward(const RouteGradRows<T>& rows, int64_t r0, int64_t r1) 
       for (int64_t j = 0; j < o.k; ++j) to[ids[j]] = narrow<T>(chosen[j] * (d[j] - along));
       continue;
     }
-    const bool sigmoids = o.fn == ScoreFn::sigmoid;
     for (int64_t j = 0; j < o.k; ++j) at[j] = widen(x[ids[j]]);
-    for (int64_t j = 0; j < o.k; ++j) chosen[j] = sigmoids ? sigmoid(at[j]) : sqrt_softplus(at[j]);
+    std::fill(at.begin() + o.k, at.end(), kLowest);
+    chosen = at;
+    score_row(chosen.data(), o.k, o.fn);
     unnormalize(o, rows.grad + r * o.k, chosen.data(), d.data());
-    for (int64_t j = 0; j < o.k; ++j) {
-      const S s = chosen[j];  // where sqrt(softplus) vanishes, so does its slope
-      const S slope = sigmoids ? s * (S(1) - s) : s > S(0) ? sigmoid(at[j]) / (S(2) * s) : s;
-      to[ids[j]] = narrow<T>(d[j] * slope);
+    if (o.fn == ScoreFn::sigmoid) {
+      for (int64_t j = 0; j < o.k; ++j) slope[j] = chosen[j] * (S(1) - chosen[j]);
+    } else {  // sigmoid(x) / (2 s); where s vanishes, so does its slope
+      slope = at;
+      score_row(slope.data(), o.k, ScoreFn::sigmoid);
+      for (int64_t j = 0; j < o.k; ++j)
+        slope[j] = chosen[j] > S(0) ? slope[j] / (S(2) * chosen[j]) : chosen[j];
     }
+    for (int64_t j = 0; j < o.k; ++j) to[ids[j]] = narrow<T>(d[j] * slope[j]);
   }
 }

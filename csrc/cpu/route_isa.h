@@ -1,4 +1,5 @@
-// Compiles route.inl once per instruction set, as isa.h does with the kernels of the linear ops.
+// Compiles the routing kernels once per instruction set, as isa.h does with the kernels of the
+// linear ops.
 #pragma once
 
 #include "cpu/isa.h"
@@ -6,6 +7,7 @@
 
 namespace weightshare::baseline {
 #define WS_BYTES 16
+#include "cpu/route_score.inl"
 #include "cpu/route.inl"
 #undef WS_BYTES
 }  // namespace weightshare::baseline
@@ -19,6 +21,7 @@ namespace weightshare::baseline {
 #endif
 namespace weightshare::avx2 {
 #define WS_BYTES 32
+#include "cpu/route_score.inl"
 #include "cpu/route.inl"
 #undef WS_BYTES
 }  // namespace weightshare::avx2
@@ -34,6 +37,7 @@ namespace weightshare::avx2 {
 #endif
 namespace weightshare::avx512 {
 #define WS_BYTES 64
+#include "cpu/route_score.inl"
 #include "cpu/route.inl"
 #undef WS_BYTES
 }  // namespace weightshare::avx512

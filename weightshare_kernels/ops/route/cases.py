@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,7 +98,7 @@ def _inputs(rows: int, experts: int, k: int, bias: bool = False, padding: bool =
     return make
 
 
-_GROUPED = {"groups": 4, "topk_groups": 2}
+_GROUPED: dict[str, Any] = {"groups": 4, "topk_groups": 2}
 _TESTS = {
     "sigmoid": _inputs(33, 24, 3),
     "softmax": _inputs(33, 24, 3, score_fn="softmax"),
