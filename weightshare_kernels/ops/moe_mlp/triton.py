@@ -9,19 +9,26 @@ atomics, no copy of x in the experts' order, nothing that the host would have to
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from weightshare_kernels import _triton
 from weightshare_kernels._triton import Tile
-from weightshare_kernels.ops.moe_mlp import reference
+from weightshare_kernels.ops.moe_mlp.triton_routes import (
+    FEW,
+    Routes,
+    described,
+    parts,
+    routes,
+    rows_tile,
+    sums_tile,
+    tma_serves,
+)
 from weightshare_kernels.ops.moe_mlp.triton_rows import (
     _hidden_grad_kernel,
-    _plan_kernel,
     _spread_kernel,
     _up_kernel,
 )
@@ -31,144 +38,11 @@ from weightshare_kernels.ops.moe_mlp.triton_sums import (
     _weight_grad_kernel,
 )
 
-_FEW = 16  # rows per expert up to which reading the weights is all the work
-
-
-@dataclass
-class _Routes:
-    """The routing as kernels take it, and the hidden units in use."""
-
-    gates: Tensor  # [pairs]
-    offsets: Tensor  # [experts + 1]
-    permutation: Tensor  # [pairs]
-    inverse: Tensor  # [pairs]
-    widths: Tensor | None  # [experts]
-    width: int
-    activation: str
-    k: int
-    plans: dict[int, tuple[Tensor, Tensor, int]]  # by height of a tile
-
-    @property
-    def pairs(self) -> int:
-        """Rows of the experts' order, padded tokens included."""
-        return self.permutation.shape[0]
-
-    @property
-    def experts(self) -> int:
-        """Number of experts."""
-        return self.offsets.shape[0] - 1
-
-    @property
-    def blocks(self) -> int:
-        """2 where there is a gate beside the up projection."""
-        return 2 if reference.GATED[self.activation] else 1
-
-    def plan(self, height: int) -> tuple[Tensor, Tensor, int]:
-        """Row tiles of a height, the token of each row, and most tiles there can be.
-
-        Every expert with rows leaves at most one tile unfilled; the true number is on the device.
-        """
-        if height not in self.plans:
-            slots = self.pairs // height + min(self.experts, self.pairs)
-            table = torch.empty(1 + 3 * slots, dtype=torch.int32, device=self.offsets.device)
-            tokens = torch.empty(self.pairs, dtype=torch.int32, device=self.offsets.device)
-            block = 1024
-            _triton.launch(
-                _plan_kernel,
-                (max(self.experts, triton.cdiv(self.pairs, block)),),
-                (self.offsets, self.permutation, table, tokens, self.experts, self.pairs, slots,
-                 self.k, height, triton.next_power_of_2(self.experts), block),
-                Tile(1, block, 1, stages=1),
-            )  # fmt: skip
-            self.plans[height] = table, tokens, slots
-        return self.plans[height]
-
-
-def _routes(gates, offsets, permutation, inverse, widths, width, activation) -> _Routes:
-    tables = (t.contiguous() for t in (offsets, permutation, inverse))
-    widths = None if widths is None else widths.contiguous()
-    return _Routes(
-        gates.contiguous().view(-1), *tables, widths, width, activation, gates.shape[1], {}
-    )
-
-
-# -- Launch configurations -------------------------------------------------------------------------
-
-
-def _rows_tile(kernel: str, r: _Routes, like: Tensor) -> Tile:
-    """Tile of a product over rows: tuned for this GPU if known, else by rule.
-
-    128 x 256 asks least of the L2 cache per operation, which bounds these products on Hopper; with
-    few rows to an expert most of that would be empty, and with a handful the weights are merely
-    read. Elements of 4 bytes and more run on the plain cores and take twice the room.
-    """
-    mean = r.pairs / max(r.experts, 1)
-    if _triton.interpreted():
-        return Tile(16 if mean <= _FEW else 64, 256, 128, stages=1)
-    size = like.element_size()
-    if size == 8:
-        return Tile(32, 32, 16, stages=2)
-    if size == 4:
-        return Tile(16, 32, 64) if mean <= _FEW else Tile(64, 64, 32)
-    if mean <= _FEW:
-        return _triton.tuned(f"{kernel}_few", like) or Tile(16, 64, 128, stages=4)
-    if mean <= 4 * _FEW:
-        return _triton.tuned(f"{kernel}_some", like) or Tile(64, 128, 64)
-    tile = _triton.tuned(kernel, like)
-    if tile is None and _triton.capability(like) < 90:
-        tile = Tile(128, 128, 64, warps=8)
-    elif tile is None:
-        tile = Tile(128, 256, 64, warps=8, stages=4)
-        if kernel == "moe_hidden_grad":  # its epilogue wants the registers
-            tile = replace(tile, n=128)
-    return tile
-
-
-def _parts(tile: Tile) -> int:
-    """Parts in which a tile's columns go through the epilogue of ``_hidden_grad_kernel``.
-
-    It holds some seven values to an element; 16 elements a thread leave room for the sum itself.
-    """
-    if _triton.interpreted():
-        return 2
-    return max(1, min(4, tile.m * tile.n // (16 * 32 * tile.warps)))
-
-
-def _sums_tile(kernel: str, r: _Routes, like: Tensor) -> Tile:
-    """Tile of a weight's gradient, likewise; its sum runs over an expert's rows."""
-    if _triton.interpreted():
-        return Tile(64, 256, 128, stages=1)
-    size = like.element_size()
-    if size > 2:
-        return Tile(32, 32, 16, stages=2) if size == 8 else Tile(64, 64, 32)
-    tile = _triton.tuned(kernel, like)
-    if tile is None:
-        large = _triton.capability(like) >= 90
-        tile = Tile(128, 256 if large else 128, 64, warps=8, stages=7 if large else 4)
-    return tile
-
-
 # -- Launches --------------------------------------------------------------------------------------
 
 
-def _descriptors(r: _Routes, like: Tensor, *views: tuple[Tensor, list[int]]) -> list | None:
-    """TMA descriptors of tensors, each with the shape of a tile, if all of them allow it.
-
-    Not for a width per expert: a descriptor's bounds are the host's.
-    """
-    modern = _triton.interpreted() or (_triton.capability(like) >= 90 and like.itemsize == 2)
-    few = r.pairs <= _FEW * r.experts and not _triton.interpreted()
-    if not modern or few or r.widths is not None:
-        return None
-    for view, _ in views:
-        steps = [stride * view.itemsize for stride in view.stride()[:-1]]
-        if view.stride(-1) != 1 or view.data_ptr() % 16 or any(s % 16 or s <= 0 for s in steps):
-            return None
-    return [TensorDescriptor(v, list(v.shape), list(v.stride()), box) for v, box in views]
-
-
 def _launch_rows(
-    kernel, r: _Routes, like: Tensor, tile: Tile, columns: int, tma: bool, arguments: tuple,
+    kernel, r: Routes, like: Tensor, tile: Tile, columns: int, tma: bool, arguments: tuple,
     constants: tuple,
 ) -> None:  # fmt: skip
     """Launch a product over rows, ``columns`` of its result to a tile's width.
@@ -177,7 +51,7 @@ def _launch_rows(
     while it ends the last; else there are as many as there may be tiles.
     """
     lasting = tma and tile.m * tile.n >= 128 * 128
-    programs = r.plan(tile.m)[2] * triton.cdiv(columns, tile.n)
+    programs = r.plan(tile.m)[1] * triton.cdiv(columns, tile.n)
     if lasting or _triton.interpreted():
         most = 3 if _triton.interpreted() else _triton.multiprocessors(like)
         programs = min(programs, most)
@@ -190,86 +64,88 @@ def _launch_rows(
     )  # fmt: skip
 
 
-def _up(x: Tensor, gate_up: Tensor, r: _Routes, save: bool) -> tuple[Tensor | None, Tensor]:
+def _up(x: Tensor, gate_up: Tensor, r: Routes, save: bool) -> tuple[Tensor | None, Tensor]:
     """Pre-activations ``[pairs, blocks * width]`` if saved, hidden units ``[pairs, width]``."""
-    tile = _rows_tile("moe_up", r, x)
-    tile = replace(tile, n=tile.n // r.blocks)
-    table, tokens, slots = r.plan(tile.m)
     w = gate_up.unflatten(1, (r.blocks, -1))[:, :, : r.width]
-    made = _descriptors(r, x, (w, [1, r.blocks, tile.n, tile.k]))
+    tma = tma_serves(r, w)
+    tile = rows_tile("moe_up", r, x, tma)
+    tile = replace(tile, n=tile.n // r.blocks)
+    table, slots = r.plan(tile.m)
     h = x.new_empty(r.pairs, r.blocks * r.width) if save else None
     hidden = x.new_empty(r.pairs, r.width)
     _launch_rows(
-        _up_kernel, r, x, tile, r.width, made is not None,
-        (x, made[0] if made else w, h, hidden, table, tokens, r.widths, slots, r.width, x.shape[1],
-         *x.stride(), *w.stride()),
+        _up_kernel, r, x, tile, r.width, tma,
+        (x, described(w, 1, r.blocks, tile.n, tile.k) if tma else w, h, hidden, table, r.tokens,
+         r.widths, slots, r.width, x.shape[1], *x.stride(), *w.stride()),
         (r.activation, r.blocks),
     )  # fmt: skip
     return h, hidden
 
 
 def _spread(
-    a: Tensor, w: Tensor, gates: Tensor | None, out: Tensor, k_major: bool, r: _Routes
+    a: Tensor, w: Tensor, gates: Tensor | None, out: Tensor, k_major: bool, r: Routes
 ) -> None:
     """``out[pair] = a[row] W (* gate)``; a ``[pairs, blocks, width]`` in the experts' order.
 
     w is ``[experts, 1, d, width]`` (k_major) or ``[experts, blocks, width, d]``.
     """
-    tile = _rows_tile("moe_down" if k_major else "moe_grad_x", r, a)
-    table, _, slots = r.plan(tile.m)
-    box = [1, 1, tile.n, tile.k] if k_major else [1, 1, tile.k, tile.n]
-    made = _descriptors(r, a, (a, [tile.m, 1, tile.k]), (w, box))
+    tma = tma_serves(r, a, w)
+    tile = rows_tile("moe_down" if k_major else "moe_grad_x", r, a, tma)
+    table, slots = r.plan(tile.m)
+    operands = a, w
+    if tma:
+        box = (tile.n, tile.k) if k_major else (tile.k, tile.n)
+        operands = described(a, tile.m, 1, tile.k), described(w, 1, 1, *box)
     w_e, w_b, *inner = w.stride()
     strides = (w_e, inner[0], w_b, inner[1]) if k_major else (w_e, inner[1], w_b, inner[0])
     _launch_rows(
-        _spread_kernel, r, a, tile, out.shape[1], made is not None,
-        (*(made or (a, w)), out, gates, table, r.permutation, r.widths, slots, r.pairs, r.width,
+        _spread_kernel, r, a, tile, out.shape[1], tma,
+        (*operands, out, gates, table, r.permutation, r.widths, slots, r.pairs, r.width,
          out.shape[1], *a.stride()[:2], *strides),
         (a.shape[1], k_major),
     )  # fmt: skip
 
 
 def _hidden_grad(
-    grad: Tensor, down: Tensor, h: Tensor, r: _Routes, wants_dh: bool, wants_weighted: bool
+    grad: Tensor, down: Tensor, h: Tensor, r: Routes, wants_dh: bool, wants_weighted: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradient of h, hidden units times gates, shares of the gates' gradient ``[.., pairs]``."""
-    tile = _rows_tile("moe_hidden_grad", r, grad)
-    table, tokens, slots = r.plan(tile.m)
     w = down.unsqueeze(1)[..., : r.width]
-    made = _descriptors(r, grad, (w, [1, 1, tile.k, tile.n]))
+    tma = tma_serves(r, w)
+    tile = rows_tile("moe_hidden_grad", r, grad, tma)
+    table, slots = r.plan(tile.m)
     dh = torch.empty_like(h) if wants_dh else None
     weighted = h.new_empty(r.pairs, r.width) if wants_weighted else None
     strips = triton.cdiv(r.width, tile.n)
     sums = h.new_empty(strips, r.pairs, dtype=_triton.sum_dtype(h))
     _launch_rows(
-        _hidden_grad_kernel, r, grad, tile, r.width, made is not None,
-        (grad, made[0] if made else w, h, dh, weighted, sums, r.gates, table, tokens,
-         r.permutation, r.widths, slots, r.pairs, r.width, grad.shape[1], *grad.stride(),
-         w.stride(0), w.stride(3), w.stride(2)),
-        (r.activation, r.blocks, _parts(tile)),
+        _hidden_grad_kernel, r, grad, tile, r.width, tma,
+        (grad, described(w, 1, 1, tile.k, tile.n) if tma else w, h, dh, weighted, sums, r.gates,
+         table, r.tokens, r.permutation, r.widths, slots, r.pairs, r.width, grad.shape[1],
+         *grad.stride(), w.stride(0), w.stride(3), w.stride(2)),
+        (r.activation, r.blocks, parts(tile, r)),
     )  # fmt: skip
     return dh, weighted, sums
 
 
 def _weight_grad_(
-    target: Tensor, left: Tensor, right: Tensor, gather_left: bool, add: bool, r: _Routes
+    target: Tensor, left: Tensor, right: Tensor, gather_left: bool, add: bool, r: Routes
 ) -> None:
     """``target [experts, blocks, m, n] (+)= left^T right`` over each expert's rows.
 
     The side that is gathered has a row per token, the other one per pair: ``[pairs, blocks, m]``
     or ``[pairs, n]``. Not adding, all of the target is written, zeros beyond the width.
     """
-    tile = _sums_tile("moe_grad_down" if gather_left else "moe_grad_gate_up", r, left)
+    tile = sums_tile("moe_grad_down" if gather_left else "moe_grad_gate_up", left, right)
     blocks, m, n = target.shape[1:]
     if add:
         m, n = (m, r.width) if gather_left else (r.width, n)
-    tokens = r.plan(_rows_tile("moe_hidden_grad", r, left).m)[1]
     l_strides = left.stride() if left.dim() == 3 else (left.stride(0), 0, left.stride(1))
     tiles = r.experts * blocks * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
     _triton.launch(
         _weight_grad_kernel,
         (tiles,),
-        (left, right, target, r.offsets, tokens, r.widths, r.experts, r.pairs, m, n, r.width,
+        (left, right, target, r.offsets, r.tokens, r.widths, r.experts, r.pairs, m, n, r.width,
          *l_strides, *right.stride(), *target.stride(), blocks, gather_left, add, tile.m, tile.n,
          tile.k, tile.group, _triton.precision(left),
          _triton.triton_dtype(_triton.sum_dtype(left))),
@@ -277,19 +153,19 @@ def _weight_grad_(
     )  # fmt: skip
 
 
-def _combine(parts: Tensor, y: Tensor, r: _Routes) -> None:
-    """``y [tokens, d] =`` sums over the slots of ``parts [pairs, d]``."""
+def _combine(apart: Tensor, y: Tensor, r: Routes) -> None:
+    """``y [tokens, d] =`` sums over the slots of ``apart [pairs, d]``."""
     rows, columns = (64, 256) if _triton.interpreted() else (1, 1024)
     _triton.launch(
         _combine_kernel,
         (triton.cdiv(y.shape[0], rows), triton.cdiv(y.shape[1], columns)),
-        (parts, y, r.inverse, r.offsets, r.experts, y.shape[0], r.pairs, y.shape[1], r.k, rows,
+        (apart, y, r.inverse, r.offsets, r.experts, y.shape[0], r.pairs, y.shape[1], r.k, rows,
          columns, _triton.triton_dtype(_triton.sum_dtype(y))),
         Tile(rows, columns, 1, stages=1),
     )  # fmt: skip
 
 
-def _gate_grad(sums: Tensor, r: _Routes) -> Tensor:
+def _gate_grad(sums: Tensor, r: Routes) -> Tensor:
     """Gradient of the gates ``[pairs]``."""
     dgates, block = torch.empty_like(r.gates), 512
     _triton.launch(
@@ -302,17 +178,17 @@ def _gate_grad(sums: Tensor, r: _Routes) -> Tensor:
 
 
 def _to_tokens(
-    a: Tensor, w: Tensor, gates: Tensor | None, like: Tensor, k_major: bool, r: _Routes
+    a: Tensor, w: Tensor, gates: Tensor | None, like: Tensor, k_major: bool, r: Routes
 ) -> Tensor:
     """The product of :func:`_spread`, added up over each token's slots."""
     if r.k == 1:  # a token's only pair is its sum; padded tokens keep their zero
         y = torch.zeros_like(like, memory_format=torch.contiguous_format)
         _spread(a, w, gates, y, k_major, r)
         return y
-    parts = like.new_empty(r.pairs, like.shape[1])
-    _spread(a, w, gates, parts, k_major, r)
+    apart = like.new_empty(r.pairs, like.shape[1])
+    _spread(a, w, gates, apart, k_major, r)
     y = torch.empty_like(like, memory_format=torch.contiguous_format)
-    _combine(parts, y, r)
+    _combine(apart, y, r)
     return y
 
 
@@ -336,7 +212,7 @@ def forward(
 
     What an expert's width or padding leaves out of h is not written.
     """
-    r = _routes(gates, offsets, permutation, inverse, widths, width, activation)
+    r = routes(gates, offsets, permutation, inverse, widths, width, activation)
     if not (x.numel() and r.pairs and r.experts and width):
         h = x.new_empty(r.pairs, r.blocks * width) if save else x.new_empty(0)
         return torch.zeros_like(x, memory_format=torch.contiguous_format), h
@@ -366,7 +242,7 @@ def backward_(
     wants_x: bool,
 ) -> tuple[Tensor, Tensor]:
     """Adds to (or writes) the weights' gradients in place; returns those of x and the gates."""
-    r = _routes(gates, offsets, permutation, inverse, widths, width, activation)
+    r = routes(gates, offsets, permutation, inverse, widths, width, activation)
     if not (x.numel() and r.pairs and r.experts and width):
         for buffer, add in ((gate_up_buffer, add_gate_up), (down_buffer, add_down)):
             if buffer is not None and not add:
@@ -413,31 +289,29 @@ def _shape_examples(
 
     tables = [empty(n, kind=torch.int64) for n in (experts + 1, pairs, pairs)]
     widths = empty(experts, kind=torch.int64) if note else None
-    r = _routes(empty(tokens, k, kind=torch.float32), *tables, widths, f, "swiglu")
-    table, row = torch.empty(0), torch.empty(0)
-    for height in (16, 32, 64, 128):  # the plan's launch is an example of its own
+    r = routes(empty(tokens, k, kind=torch.float32), *tables, widths, f, "swiglu")
+    for height in (16, 64, 128):  # no launch of a plan among those of the examples
         slots = pairs // height + touched
-        table, row = (empty(n, kind=torch.int32) for n in (1 + 3 * slots, pairs))
-        r.plans[height] = table, row, slots
-    x, y, parts = empty(tokens, d), empty(tokens, d), empty(pairs, d)
+        r.plans[height] = empty(1 + 3 * slots, kind=torch.int32), slots
+    x, y, apart = empty(tokens, d), empty(tokens, d), empty(pairs, d)
     gate_up, down = empty(experts, 2 * f, d), empty(experts, d, f)
     h, hidden = empty(pairs, 2 * f), empty(pairs, f)
     split, deep = h.view(pairs, 2, f), gate_up.view(experts, 2, f, d)
     product = 2 * pairs * d * f
     matrix = e * touched * d * f  # bytes of one of the experts' three matrices
     at_x, at_y, at_f = e * tokens * d, e * pairs * d, e * pairs * f
-    bound = "matrix" if pairs > _FEW * experts else "memory"
+    bound = "matrix" if pairs > FEW * experts else "memory"
     listed = {
         "up": (lambda: _up(x, gate_up, r, True), 2, 2 * matrix + at_x + 3 * at_f, bound),
         "down": (
-            lambda: _spread(hidden.unsqueeze(1), down.unsqueeze(1), r.gates, parts, True, r),
+            lambda: _spread(hidden.unsqueeze(1), down.unsqueeze(1), r.gates, apart, True, r),
             1, matrix + at_f + at_y, bound,
         ),
         "hidden grad": (
             lambda: _hidden_grad(x, down, h, r, True, True), 1, matrix + at_x + 5 * at_f, bound,
         ),
         "grad x": (
-            lambda: _spread(split, deep, None, parts, False, r), 2,
+            lambda: _spread(split, deep, None, apart, False, r), 2,
             2 * matrix + 2 * at_f + at_y, bound,
         ),
         "grad gate_up": (
@@ -448,7 +322,7 @@ def _shape_examples(
             lambda: _weight_grad_(down.unsqueeze(1), x, hidden, True, False, r), 1,
             matrix + at_f + at_x, bound,
         ),
-        "combine": (lambda: _combine(parts, y, r), 0, at_x + at_y, "memory"),
+        "combine": (lambda: _combine(apart, y, r), 0, at_x + at_y, "memory"),
     }  # fmt: skip
     return [
         _triton.Example(

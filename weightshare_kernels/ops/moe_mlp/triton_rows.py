@@ -27,34 +27,35 @@ def _plan_kernel(
     plan,  # int32: number of row tiles; then expert, first row, row after the last of each
     tokens,  # int32 [pairs]: token of each row
     experts, pairs, slots, k,
-    BM: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+    BM: tl.constexpr, E: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Cut each expert's rows into tiles; any offsets and permutation give rows that exist."""
-    me = tl.program_id(0)
-    at = me.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     pair = tl.load(permutation + at, mask=at < pairs, other=0)
     token = tl.minimum(tl.maximum(pair, 0), pairs - 1) // k
     tl.store(tokens + at, token.to(tl.int32), mask=at < pairs)
-    if me < experts:
+    if tl.program_id(0) * SLOTS < slots:
         e = tl.arange(0, E)
         start = tl.load(offsets + e, mask=e < experts, other=0)
         start = tl.minimum(tl.maximum(start, 0), pairs).to(tl.int32)
         stop = tl.load(offsets + e + 1, mask=e < experts, other=0)
-        stop = tl.maximum(tl.minimum(stop, pairs), start).to(tl.int32)
+        stop = tl.maximum(tl.minimum(stop, pairs), start.to(tl.int64)).to(tl.int32)
         tiles = (stop - start + BM - 1) // BM
-        if me == 0:
-            tl.store(plan, tl.minimum(tl.sum(tiles, 0), slots))
-        before = tl.sum(tl.where(e < me, tiles, 0), 0)
-        first = tl.minimum(tl.maximum(tl.load(offsets + me), 0), pairs).to(tl.int32)
-        last = tl.minimum(tl.load(offsets + me + 1), pairs).to(tl.int32)
-        for row in range(first, last, BM * BLOCK):
-            rows = row + BM * tl.arange(0, BLOCK)
-            slot = before + (rows - first) // BM
-            ok = (rows < last) & (slot < slots)
-            to = plan + 1 + slot
-            tl.store(to, tl.zeros_like(rows) + me, mask=ok)
-            tl.store(to + slots, rows, mask=ok)
-            tl.store(to + 2 * slots, tl.minimum(rows + BM, last), mask=ok)
+        ends = tl.cumsum(tiles, 0)
+        total = tl.minimum(tl.max(ends, 0), slots)
+        tl.store(plan, total, mask=tl.program_id(0) == 0)
+        slot = tl.program_id(0) * SLOTS + tl.arange(0, SLOTS)
+        # A slot is of the one expert whose tiles begin at or before it and end behind it.
+        number = slot[:, None] - (ends - tiles)[None, :]
+        here = (number >= 0) & (slot[:, None] < ends[None, :])
+        expert = tl.sum(tl.where(here, e[None, :], 0), 1)
+        row = tl.sum(tl.where(here, start[None, :] + number * BM, 0), 1)
+        last = tl.sum(tl.where(here, stop[None, :], 0), 1)
+        to = plan + 1 + slot
+        ok = slot < total
+        tl.store(to, expert, mask=ok)
+        tl.store(to + slots, row, mask=ok)
+        tl.store(to + 2 * slots, tl.minimum(row + BM, last), mask=ok)
 
 
 @triton.jit
@@ -67,13 +68,6 @@ def _place(tile, plan, slots, count, tiles_n, GROUP: tl.constexpr, BN: tl.conste
     expert = tl.load(plan + 1 + slot)
     row = tl.load(plan + 1 + slots + slot)
     return expert, row, tl.load(plan + 1 + 2 * slots + slot), col
-
-
-@triton.jit
-def _multiply(a_tile, b_tile, acc, PRECISION: tl.constexpr):
-    if _INTERPRETED:
-        a_tile, b_tile = a_tile.to(acc.dtype), b_tile.to(acc.dtype)
-    return tl.dot(a_tile, b_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
 @triton.jit
@@ -101,7 +95,9 @@ def _steps(
         else:
             a_tile = tl.load(a_at)
             b_tile = tl.load(b_at, mask=n_ok[None, :], other=0.0)
-        acc = _multiply(a_tile, b_tile, acc, PRECISION)
+        if _INTERPRETED:
+            a_tile, b_tile = a_tile.to(acc.dtype), b_tile.to(acc.dtype)
+        acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
@@ -119,9 +115,9 @@ def _rows_dot(
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """Rows times their expert's weight: ``[BM, NB * BN]``, columns of one block after another."""
-    acc = tl.zeros((BM, NB * BN), SUM)
+    acc = tl.full((BM, NB * BN), 0.0, SUM)
     if TMA:
-        per = tl.cdiv(k, BK)
+        per = (k + BK - 1) // BK
         for step in tl.range(0, KB * per):
             block = step // per if KB > 1 else 0
             at = (step - block * per) * BK
@@ -135,7 +131,9 @@ def _rows_dot(
                 b_tile = tl.reshape(w.load([expert, 0, col, at]), (NB * BN, BK)).T
             else:
                 b_tile = tl.reshape(w.load([expert, block, at, col]), (BK, BN))
-            acc = _multiply(a_tile, b_tile, acc, PRECISION)
+            if _INTERPRETED:
+                a_tile, b_tile = a_tile.to(acc.dtype), b_tile.to(acc.dtype)
+            acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     else:
         j = tl.arange(0, NB * BN)
         column = col + j % BN
@@ -189,12 +187,9 @@ def _backward(gate, up, grad, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _width_of(expert, widths, width):
-    """Hidden units that an expert uses."""
-    if widths is None:
-        return width
-    else:
-        return tl.minimum(tl.maximum(tl.load(widths + expert), 0), width).to(tl.int32)
+def _own_width(expert, widths, width):
+    """Hidden units of an expert that has a width of its own."""
+    return tl.minimum(tl.maximum(tl.load(widths + expert), 0), width).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -209,14 +204,14 @@ def _up_kernel(
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """``h = x W_up^T`` of each pair's token and expert, and its hidden units."""
-    count, tiles_n = tl.load(plan), tl.cdiv(width, BN)
+    count, tiles_n = tl.load(plan), (width + BN - 1) // BN
     for tile in tl.range(tl.program_id(0), count * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row, stop, col = _place(tile, plan, slots, count, tiles_n, GROUP, BN)
         rows = row + tl.arange(0, BM)
         token = tl.load(tokens + tl.minimum(rows, stop - 1))
         d_here = d
         if widths is not None:  # nothing to multiply where the expert is narrower
-            d_here = tl.where(col < _width_of(expert, widths, width), d, 0)
+            d_here = tl.where(col < _own_width(expert, widths, width), d, 0)
         acc = _rows_dot(
             x, w, token, row, expert, col, width, d, d_here,
             x_m, 0, x_k, w_e, w_b, w_n, 0, w_k, 1, NB, True, True, TMA, widths is not None,
@@ -253,13 +248,16 @@ def _spread_kernel(
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """``out = a W (times the gate)``, from the experts' order back to the tokens'."""
-    count, tiles_n = tl.load(plan), tl.cdiv(d, BN)
+    count, tiles_n = tl.load(plan), (d + BN - 1) // BN
     for tile in tl.range(tl.program_id(0), count * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row, stop, col = _place(tile, plan, slots, count, tiles_n, GROUP, BN)
         rows = row + tl.arange(0, BM)
         inside = tl.minimum(rows, stop - 1)
+        used = width
+        if widths is not None:
+            used = _own_width(expert, widths, width)
         acc = _rows_dot(
-            a, w, inside, row, expert, col, d, width, _width_of(expert, widths, width),
+            a, w, inside, row, expert, col, d, width, used,
             a_m, a_b, 1, w_e, 0, w_n, w_kb, w_k, KB, 1, K_MAJOR, False, TMA, widths is not None,
             BM, BN, BK, PRECISION, SUM,
         )  # fmt: skip
@@ -324,14 +322,14 @@ def _hidden_grad_kernel(
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """``dy W_down`` of each pair, and all that follows from it and h alone."""
-    count, tiles_n = tl.load(plan), tl.cdiv(width, BN)
+    count, tiles_n = tl.load(plan), (width + BN - 1) // BN
     for tile in tl.range(tl.program_id(0), count * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         expert, row, stop, col = _place(tile, plan, slots, count, tiles_n, GROUP, BN)
         rows = row + tl.arange(0, BM)
         inside = tl.minimum(rows, stop - 1)
-        used = _width_of(expert, widths, width)
-        d_here = d
-        if widths is not None:
+        used, d_here = width, d
+        if widths is not None:  # nothing to multiply where the expert is narrower
+            used = _own_width(expert, widths, width)
             d_here = tl.where(col < used, d, 0)
         acc = _rows_dot(
             grad, w, tl.load(tokens + inside), row, expert, col, width, d, d_here,
@@ -340,7 +338,7 @@ def _hidden_grad_kernel(
         )  # fmt: skip
         pair = tl.load(permutation + inside)
         factor = tl.load(gates + tl.minimum(tl.maximum(pair, 0), pairs - 1)).to(SUM)
-        share = tl.zeros((BM,), SUM)
+        share = tl.full((BM,), 0.0, SUM)
         for part in tl.static_range(PARTS):
             if PARTS == 1:
                 piece = acc

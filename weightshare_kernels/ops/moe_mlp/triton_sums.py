@@ -5,7 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from weightshare_kernels.ops.moe_mlp.triton_rows import _multiply, _rounded, _width_of
+from weightshare_kernels._products import _INTERPRETED
+from weightshare_kernels.ops.moe_mlp.triton_rows import _own_width, _rounded
 
 
 @triton.jit
@@ -27,7 +28,9 @@ def _steps(
         r_tile = tl.load(
             right[None, :] + r_row[:, None] * r_r, mask=ok[:, None] & n_ok[None, :], other=0.0
         )
-        acc = _multiply(l_tile.T, r_tile, acc, PRECISION)
+        if _INTERPRETED:
+            l_tile, r_tile = l_tile.to(acc.dtype), r_tile.to(acc.dtype)
+        acc = tl.dot(l_tile.T, r_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
@@ -44,7 +47,7 @@ def _weight_grad_kernel(
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """``target (+)= sum over an expert's rows of left^T right``, zero beyond its width."""
-    tiles_m, tiles_n = tl.cdiv(m, BM), tl.cdiv(n, BN)
+    tiles_m, tiles_n = (m + BM - 1) // BM, (n + BN - 1) // BN
     each = blocks * tiles_m * tiles_n
     expert = tl.program_id(0) // each
     inside = tl.program_id(0) - expert * each
@@ -57,15 +60,17 @@ def _weight_grad_kernel(
     i = (line - block * tiles_m) * BM + tl.arange(0, BM)
     j = column * BN + tl.arange(0, BN)
     start = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), pairs).to(tl.int32)
-    stop = tl.minimum(tl.load(offsets + expert + 1), pairs).to(tl.int32)
-    used = _width_of(expert, widths, width)
+    stop = tl.minimum(tl.maximum(tl.load(offsets + expert + 1), 0), pairs).to(tl.int32)
+    used = width
+    if widths is not None:
+        used = _own_width(expert, widths, width)
     if GATHER_LEFT:
         m_ok, n_ok, beyond = i < m, j < tl.minimum(n, width), column * BN >= used
     else:
         m_ok, n_ok = i < tl.minimum(m, width), j < n
         beyond = (line - block * tiles_m) * BM >= used
     wide_i, wide_j = i.to(tl.int64), j.to(tl.int64)
-    acc = tl.zeros((BM, BN), SUM)
+    acc = tl.full((BM, BN), 0.0, SUM)
     acc = _steps(
         acc, left + block.to(tl.int64) * l_b + wide_i * l_m, right + wide_j * r_n, tokens,
         m_ok, n_ok, start, tl.where(beyond, start, stop), l_r, r_r, GATHER_LEFT, BK, PRECISION,
@@ -95,7 +100,7 @@ def _combine_kernel(
     c = tl.program_id(1) * BD + tl.arange(0, BD)
     known, c_ok = t < tokens, c < d
     stop = tl.load(offsets + experts)
-    acc = tl.zeros((BT, BD), SUM)
+    acc = tl.full((BT, BD), 0.0, SUM)
     for j in tl.static_range(K):
         place = tl.load(inverse + t * K + j, mask=known, other=pairs)
         at = parts + (t * K + j)[:, None] * d + c[None, :]
@@ -117,7 +122,7 @@ def _gate_grad_kernel(
     row = tl.load(inverse + p, mask=p < pairs, other=-1)
     stop = tl.minimum(tl.load(offsets + experts), pairs)
     ok = (row >= 0) & (row < stop)
-    acc = tl.zeros((BLOCK,), sums.dtype.element_ty)
+    acc = tl.full((BLOCK,), 0.0, sums.dtype.element_ty)
     for part in range(parts):
         acc += tl.load(sums + tl.cast(part, tl.int64) * pairs + row, mask=ok, other=0.0)
     tl.store(dgates + p, _rounded(acc, dgates.dtype.element_ty), mask=p < pairs)
