@@ -465,7 +465,24 @@ def test_compiled_once_for_all_batches(score_fn):
             results.append([*found, x.grad])
         assert_equal(*results)
     assert counter.frame_count == 1
+    # Where nothing asks for a gradient the compiler takes another path.
+    assert_equal(compiled(scores, padding), function(scores, padding))
     torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms():
+    scores = logits(12, 16).view(3, 4, 16)
+
+    def loss(x):
+        return route(x, 2, groups=4, topk_groups=2).gates.cos().sum()
+
+    wanted = scores.clone().requires_grad_()
+    sum(map(loss, wanted)).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(scores[1]), wanted.grad[1])
+    torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(scores), wanted.grad)
+    alone = [route(x, 2).experts for x in scores]
+    assert_equal(torch.vmap(lambda x: route(x, 2).experts)(scores), alone)
 
 
 def test_without_data():

@@ -269,8 +269,11 @@ class _Route(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(scores, bias, padding, *options):
-        return _forward(scores, bias, padding, *options)
+    def forward(scores, bias, padding, k, score_fn, groups, kept, group_top, normalize, scale):
+        # Arguments one by one: the compiler mistakes a starred parameter for the context.
+        return _forward(
+            scores, bias, padding, k, score_fn, groups, kept, group_top, normalize, scale
+        )
 
     @staticmethod
     def setup_context(ctx, inputs, output):
