@@ -180,6 +180,15 @@ def test_width_is_cut_out_of_the_export(kind, width):
     assert "width=" in repr(moe.experts) and moe.set_active().experts.width is None
 
 
+def test_widths_follow_the_weights():
+    experts = Experts(E, D, F_).set_active(list(range(E)))
+    assert experts.half().width.dtype == torch.int64 and experts.width.tolist() == list(range(E))
+    assert experts.to("meta").width.is_meta and not experts.state_dict().keys() - {
+        "gate_up",
+        "down",
+    }
+
+
 def test_unused_part_has_zero_gradient():
     moe = make().set_active(5)
     moe(tokens(30)).sum().backward()
@@ -330,6 +339,15 @@ def test_compiles_whole_and_counts(kind):
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(x), moe(x))
     torch._dynamo.reset()
+
+
+def test_compiles_whole_for_inference(traced):
+    moe = make("shared").eval()
+    compiled = traced(moe)
+    with torch.no_grad():
+        for x in (tokens(20), tokens(7)):
+            torch.testing.assert_close(compiled(x), moe(x))
+    assert len(traced.graphs) == 1
 
 
 def test_one_graph_for_all_widths(traced):

@@ -195,6 +195,17 @@ def test_compiles_whole(model, patched):
     torch.testing.assert_close(list(got.values()), list(wanted.values()))
 
 
+def test_whole_model_compiles_for_all_lengths(traced):
+    model = causal("Qwen3Moe")
+    patch(model)
+    compiled = traced(model)
+    with torch.no_grad():
+        for count in (12, 5, 7):
+            x = TOKENS[:, :count].clone()
+            torch.testing.assert_close(compiled(x).logits, model(x).logits)
+    assert len(traced.graphs) == 1
+
+
 def test_autocast_returns_what_theirs_does():
     for model in ("deepseek_v3", "mixtral"):
         made, x = block(model), torch.randn(2, 10, 64)
