@@ -22,6 +22,7 @@ from weightshare_kernels.ops.moe_mlp.triton_routes import (
     Routes,
     described,
     parts,
+    programs_for,
     routes,
     rows_tile,
     sums_tile,
@@ -45,16 +46,14 @@ def _launch_rows(
     kernel, r: Routes, like: Tensor, tile: Tile, columns: int, tma: bool, arguments: tuple,
     constants: tuple,
 ) -> None:  # fmt: skip
-    """Launch a product over rows, ``columns`` of its result to a tile's width.
+    """Launch a product over rows with ``columns`` columns.
 
-    Where a tile fills a multiprocessor there is one program for each, which fetches its next tile
-    while it ends the last; else there are as many as there may be tiles.
+    A program that has tiles to come fetches the next while it stores the last. The compiler does
+    that where TMA fetches the weights; else there are as many programs as there may be tiles.
     """
-    lasting = tma and tile.m * tile.n >= 128 * 128
-    programs = r.plan(tile.m)[1] * triton.cdiv(columns, tile.n)
-    if lasting or _triton.interpreted():
-        most = 3 if _triton.interpreted() else _triton.multiprocessors(like)
-        programs = min(programs, most)
+    tiles = r.plan(tile.m)[1] * triton.cdiv(columns, tile.n)
+    programs = programs_for(tiles, tile, like) if tma else tiles
+    lasting = programs < tiles
     _triton.launch(
         kernel,
         (programs,),
@@ -95,7 +94,7 @@ def _spread(
     operands = a, w
     if tma:
         box = (tile.n, tile.k) if k_major else (tile.k, tile.n)
-        operands = described(a, tile.m, 1, tile.k), described(w, 1, 1, *box)
+        operands = described(a.transpose(0, 1), 1, tile.m, tile.k), described(w, 1, 1, *box)
     w_e, w_b, *inner = w.stride()
     strides = (w_e, inner[0], w_b, inner[1]) if k_major else (w_e, inner[1], w_b, inner[0])
     _launch_rows(
@@ -123,7 +122,7 @@ def _hidden_grad(
         (grad, described(w, 1, 1, tile.k, tile.n) if tma else w, h, dh, weighted, sums, r.gates,
          table, r.tokens, r.permutation, r.widths, slots, r.pairs, r.width, grad.shape[1],
          *grad.stride(), w.stride(0), w.stride(3), w.stride(2)),
-        (r.activation, r.blocks, parts(tile, r)),
+        (r.activation, r.blocks, parts(tile, r.width)),
     )  # fmt: skip
     return dh, weighted, sums
 
@@ -144,10 +143,10 @@ def _weight_grad_(
     tiles = r.experts * blocks * triton.cdiv(m, tile.m) * triton.cdiv(n, tile.n)
     _triton.launch(
         _weight_grad_kernel,
-        (tiles,),
-        (left, right, target, r.offsets, r.tokens, r.widths, r.experts, r.pairs, m, n, r.width,
-         *l_strides, *right.stride(), *target.stride(), blocks, gather_left, add, tile.m, tile.n,
-         tile.k, tile.group, _triton.precision(left),
+        (programs_for(tiles, tile, left),),
+        (left, right, target, r.offsets, r.tokens, r.widths, tiles, r.pairs, m, n, r.width,
+         *l_strides, *right.stride(), *target.stride(), blocks, gather_left, add,
+         parts(tile, n), tile.m, tile.n, tile.k, tile.group, _triton.precision(left),
          _triton.triton_dtype(_triton.sum_dtype(left))),
         tile,
     )  # fmt: skip

@@ -78,11 +78,12 @@ def routes(
     activation: str,
 ) -> Routes:
     """The routing of one call; arguments as of the op, gates ``[T, k]``."""
-    tables = (t.contiguous() for t in (offsets, permutation, inverse))
-    widths = None if widths is None else widths.contiguous()
     tokens = torch.empty(permutation.shape, dtype=torch.int32, device=permutation.device)
-    flat = gates.contiguous().view(-1)
-    return Routes(flat, *tables, widths, width, activation, gates.shape[1], tokens, {})
+    return Routes(
+        gates.contiguous().view(-1), offsets.contiguous(), permutation.contiguous(),
+        inverse.contiguous(), None if widths is None else widths.contiguous(), width, activation,
+        gates.shape[1], tokens, {},
+    )  # fmt: skip
 
 
 def rows_tile(kernel: str, r: Routes, like: Tensor, tma: bool) -> Tile:
@@ -113,13 +114,13 @@ def rows_tile(kernel: str, r: Routes, like: Tensor, tma: bool) -> Tile:
     return _triton.tuned(kernel if tma else f"{kernel}_pointers", like) or rule
 
 
-def parts(tile: Tile, r: Routes) -> int:
-    """Parts in which a tile's columns go through the epilogue of ``_hidden_grad_kernel``.
+def parts(tile: Tile, columns: int) -> int:
+    """Parts in which a tile's columns go through an epilogue that holds several values of each.
 
-    It holds some seven values to an element; 16 elements a thread leave room for the sum itself.
+    16 elements a thread at a time leave room for the sum itself; at most 4 parts are cut.
     """
     if _triton.interpreted():
-        return 2 if r.width > tile.n // 2 else 1
+        return 2 if columns > tile.n // 2 else 1
     return max(1, min(4, tile.m * tile.n // (16 * 32 * tile.warps)))
 
 
@@ -134,8 +135,16 @@ def sums_tile(kernel: str, left: Tensor, right: Tensor) -> Tile:
     tile = _triton.tuned(kernel, left)
     if tile is None:
         large = _triton.capability(left) >= 90
-        tile = Tile(128, 256 if large else 128, 64, warps=8, stages=7 if large else 5)
+        tile = Tile(128, 256 if large else 128, 64, warps=8, stages=5)
     return tile
+
+
+def programs_for(tiles: int, tile: Tile, like: Tensor) -> int:
+    """Programs that walk over the tiles: one per multiprocessor where a tile fills it."""
+    if _triton.interpreted():
+        return min(tiles, 3)
+    fills = tile.m * tile.n >= 128 * 128 and _triton.capability(like) >= 90
+    return min(tiles, _triton.multiprocessors(like)) if fills else tiles
 
 
 def tma_serves(r: Routes, *tensors: Tensor) -> bool:

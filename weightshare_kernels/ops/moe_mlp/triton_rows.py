@@ -103,7 +103,7 @@ def _steps(
 
 @triton.jit
 def _rows_dot(
-    a,  # [rows, blocks of k, k]: pointer, or descriptor unless GATHER
+    a,  # [rows, blocks of k, k]: pointer; or descriptor, blocks first, unless GATHER
     w,  # [experts, blocks, ...]: pointer, or descriptor
     source,  # row of a of each row of the tile
     row, expert, col,
@@ -126,7 +126,7 @@ def _rows_dot(
                 edge = a + source.to(tl.int64)[:, None] * a_m + j.to(tl.int64)[None, :] * a_k
                 a_tile = tl.load(edge, mask=(j < k)[None, :], other=0.0)
             else:
-                a_tile = tl.reshape(a.load([row, block, at]), (BM, BK))
+                a_tile = tl.reshape(a.load([block, row, at]), (BM, BK))
             if K_MAJOR:
                 b_tile = tl.reshape(w.load([expert, 0, col, at]), (NB * BN, BK)).T
             else:
@@ -275,16 +275,19 @@ def _spread_kernel(
 
 @triton.jit
 def _after_hidden(
-    acc, h, dh, weighted, factor, rows, stop, col, used, width,
+    acc, h, dh, weighted, factor, row, stop, col, used, width,
     ACTIVATION: tl.constexpr, NB: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """Store what follows from ``dy W_down`` in some columns; their share of the gates' gradient."""
     SUM: tl.constexpr = acc.dtype
     cols = col + tl.arange(0, acc.shape[1])
-    ok = (rows < stop)[:, None] & (cols < width)[None, :]
-    line = rows.to(tl.int64)[:, None] * width + cols[None, :]
-    # Two blocks lie side by side in a row of h.
-    wide = line if NB == 1 else rows.to(tl.int64)[:, None] * (2 * width) + cols[None, :]
+    below = tl.arange(0, acc.shape[0])
+    ok = (row + below < stop)[:, None] & (cols < width)[None, :]
+    # The tile's first row in 64 bits, once; 32 within the tile spare registers.
+    line = tl.cast(row, tl.int64) * width
+    within = below[:, None] * width
+    h += line * NB
+    wide = within * NB + cols[None, :]  # two blocks lie side by side in a row of h
     gate = tl.load(h + wide, mask=ok, other=0.0).to(SUM)
     up = gate
     if NB == 2:
@@ -297,8 +300,10 @@ def _after_hidden(
     share = tl.sum(acc * active, 1)
     kind: tl.constexpr = h.dtype.element_ty
     if weighted is not None:
-        tl.store(weighted + line, _rounded(active * factor[:, None], kind), mask=ok)
+        to = weighted + line + (within + cols[None, :])
+        tl.store(to, _rounded(active * factor[:, None], kind), mask=ok)
     if dh is not None:
+        dh += line * NB
         d_gate, d_up = _backward(gate, up, acc * factor[:, None], ACTIVATION)
         tl.store(dh + wide, _rounded(d_gate, kind), mask=ok)
         if NB == 2:
@@ -347,7 +352,7 @@ def _hidden_grad_kernel(
             else:
                 piece = _halves(_halves(acc)[part // 2])[part % 2]
             share += _after_hidden(
-                piece, h, dh, weighted, factor, rows, stop, col + part * (BN // PARTS), used,
+                piece, h, dh, weighted, factor, row, stop, col + part * (BN // PARTS), used,
                 width, ACTIVATION, NB, widths is not None,
             )  # fmt: skip
         to = sums + (col // BN).to(tl.int64) * pairs + rows

@@ -6,85 +6,139 @@ import triton
 import triton.language as tl
 
 from weightshare_kernels._products import _INTERPRETED
-from weightshare_kernels.ops.moe_mlp.triton_rows import _own_width, _rounded
+from weightshare_kernels.ops.moe_mlp.triton_rows import _halves, _own_width, _rounded
 
 
 @triton.jit
-def _steps(
-    acc, left, right, tokens, m_ok, n_ok, start, stop, l_r, r_r,
-    GATHER_LEFT: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``acc + sum over rows in [start, stop) of left[row]^T right[row]``; one side by token."""
-    for first in range(start, stop, BK):
-        row = first + tl.arange(0, BK)
-        ok = row < stop
-        token = tl.load(tokens + row, mask=ok, other=0).to(tl.int64)
-        own = row.to(tl.int64)
-        l_row, r_row = (token, own) if GATHER_LEFT else (own, token)
-        # Rows lie along the slow axis of both operands, as in memory.
-        l_tile = tl.load(
-            left[None, :] + l_row[:, None] * l_r, mask=ok[:, None] & m_ok[None, :], other=0.0
-        )
-        r_tile = tl.load(
-            right[None, :] + r_row[:, None] * r_r, mask=ok[:, None] & n_ok[None, :], other=0.0
-        )
-        if _INTERPRETED:
-            l_tile, r_tile = l_tile.to(acc.dtype), r_tile.to(acc.dtype)
-        acc = tl.dot(l_tile.T, r_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    return acc
+def _span(expert, offsets, pairs):
+    """First row of an expert and the one after its last."""
+    start = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), pairs)
+    stop = tl.minimum(tl.maximum(tl.load(offsets + expert + 1), start), pairs)
+    return start.to(tl.int32), stop.to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["pairs", "experts"])
+@triton.jit
+def _used_rows(beyond, start, stop, BK: tl.constexpr):
+    """Row at which a tile's sum ends, and its steps: one at least, in which the tile is stored."""
+    stop = tl.where(beyond, start, stop)
+    return stop, tl.maximum((stop - start + BK - 1) // BK, 1)
+
+
+@triton.jit
+def _corner(
+    tile, m, n, blocks: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr
+):
+    """Expert, block, first row and first column of a tile; an expert's tiles run together."""
+    tiles_m, tiles_n = (m + BM - 1) // BM, (n + BN - 1) // BN
+    each = blocks * tiles_m * tiles_n
+    expert = tile // each
+    inside = tile - expert * each
+    band = inside // (GROUP * tiles_n)
+    height = tl.minimum(blocks * tiles_m - band * GROUP, GROUP)
+    within = inside - band * (GROUP * tiles_n)
+    line = band * GROUP + within % height
+    block = line // tiles_m
+    return expert, block, (line - block * tiles_m) * BM, within // height * BN
+
+
+@triton.jit
+def _store_part(
+    value, target, i, j, m, n, used, t_m, t_n, GATHER_LEFT: tl.constexpr, ADD: tl.constexpr
+):
+    """Write or add some columns of a finished tile, zeros beyond the width."""
+    i += tl.arange(0, value.shape[0])
+    j += tl.arange(0, value.shape[1])
+    inside = (j < used)[None, :] if GATHER_LEFT else (i < used)[:, None]
+    value = tl.where(inside, value, 0.0)
+    where = target + i.to(tl.int64)[:, None] * t_m + j.to(tl.int64)[None, :] * t_n
+    ok = (i < m)[:, None] & (j < n)[None, :]
+    if ADD:
+        value += tl.load(where, mask=ok, other=0.0).to(value.dtype)
+    tl.store(where, _rounded(value, target.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["pairs", "tiles"])
 def _weight_grad_kernel(
     left, right,  # [pairs, blocks, m] and [tokens, n]; [tokens, m] and [pairs, n] if GATHER_LEFT
     target,  # [experts, blocks, m, n]
     offsets, tokens, widths,
-    experts, pairs, m, n,  # the part of the target that is written
+    tiles, pairs, m, n,  # m, n: the part of the target that is written
     width,  # limits n if GATHER_LEFT, else m
     l_r, l_b, l_m, r_r, r_n, t_e, t_b, t_m, t_n,  # strides
     blocks: tl.constexpr, GATHER_LEFT: tl.constexpr, ADD: tl.constexpr,
+    PARTS: tl.constexpr,  # in which the columns of a tile are stored, for want of registers
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """``target (+)= sum over an expert's rows of left^T right``, zero beyond its width."""
-    tiles_m, tiles_n = (m + BM - 1) // BM, (n + BN - 1) // BN
-    each = blocks * tiles_m * tiles_n
-    expert = tl.program_id(0) // each
-    inside = tl.program_id(0) - expert * each
-    # One expert's tiles run together: its rows stay in the L2 cache.
-    band = inside // (GROUP * tiles_n)
-    height = tl.minimum(blocks * tiles_m - band * GROUP, GROUP)
-    within = inside - band * (GROUP * tiles_n)
-    line, column = band * GROUP + within % height, within // height
-    block = line // tiles_m
-    i = (line - block * tiles_m) * BM + tl.arange(0, BM)
-    j = column * BN + tl.arange(0, BN)
-    start = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), pairs).to(tl.int32)
-    stop = tl.minimum(tl.maximum(tl.load(offsets + expert + 1), 0), pairs).to(tl.int32)
-    used = width
-    if widths is not None:
-        used = _own_width(expert, widths, width)
-    if GATHER_LEFT:
-        m_ok, n_ok, beyond = i < m, j < tl.minimum(n, width), column * BN >= used
-    else:
-        m_ok, n_ok = i < tl.minimum(m, width), j < n
-        beyond = (line - block * tiles_m) * BM >= used
-    wide_i, wide_j = i.to(tl.int64), j.to(tl.int64)
+    """``target (+)= sum over an expert's rows of left^T right``, zero beyond its width.
+
+    One loop over the steps of all of a program's tiles, so that the loads of the next tile are
+    under way while the last one is stored. The steps differ from expert to expert, which is why
+    the loop is written out here and not left to the compiler.
+    """
+    steps = 0
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        expert, _, i, j = _corner(tile, m, n, blocks, BM, BN, GROUP)
+        used = width
+        if widths is not None:
+            used = _own_width(expert, widths, width)
+        start, stop = _span(expert, offsets, pairs)
+        beyond = j >= used if GATHER_LEFT else i >= used
+        _, more = _used_rows(beyond, start, stop, BK)
+        steps += more
+    tile = tl.program_id(0) - tl.num_programs(0)
+    step, last, first, stop, used = -1, -1, 0, 0, 0
+    expert, block, i, j = 0, 0, 0, 0
     acc = tl.full((BM, BN), 0.0, SUM)
-    acc = _steps(
-        acc, left + block.to(tl.int64) * l_b + wide_i * l_m, right + wide_j * r_n, tokens,
-        m_ok, n_ok, start, tl.where(beyond, start, stop), l_r, r_r, GATHER_LEFT, BK, PRECISION,
-    )  # fmt: skip
-    if GATHER_LEFT:
-        acc = tl.where((j < used)[None, :], acc, 0.0)
-    else:
-        acc = tl.where((i < used)[:, None], acc, 0.0)
-    where = target + expert.to(tl.int64) * t_e + block.to(tl.int64) * t_b
-    where = where + wide_i[:, None] * t_m + wide_j[None, :] * t_n
-    ok = (i < m)[:, None] & (j < n)[None, :]
-    if ADD:
-        acc += tl.load(where, mask=ok, other=0.0).to(SUM)
-    tl.store(where, _rounded(acc, target.dtype.element_ty), mask=ok)
+    for _ in range(steps):
+        step = tl.where(step == last, 0, step + 1)
+        if step == 0:
+            tile += tl.num_programs(0)
+            expert, block, i, j = _corner(tile, m, n, blocks, BM, BN, GROUP)
+            used = width
+            if widths is not None:
+                used = _own_width(expert, widths, width)
+            first, stop = _span(expert, offsets, pairs)
+            beyond = j >= used if GATHER_LEFT else i >= used
+            stop, last = _used_rows(beyond, first, stop, BK)
+            last -= 1
+        rows = first + step * BK + tl.arange(0, BK)
+        ok = rows < stop
+        token = tl.load(tokens + rows, mask=ok, other=0).to(tl.int64)
+        own = rows.to(tl.int64)
+        l_row, r_row = (token, own) if GATHER_LEFT else (own, token)
+        wide_i, wide_j = i + tl.arange(0, BM), j + tl.arange(0, BN)
+        # What an expert leaves out of a common width is read, and cut off below.
+        m_most, n_most = (m, width) if GATHER_LEFT else (width, n)
+        # Rows lie along the slow axis of both operands, as in memory.
+        l_edge = left + tl.cast(block, tl.int64) * l_b + wide_i.to(tl.int64) * l_m
+        l_tile = tl.load(
+            l_edge[None, :] + l_row[:, None] * l_r,
+            mask=ok[:, None] & (wide_i < tl.minimum(m, m_most))[None, :],
+            other=0.0,
+        )
+        r_edge = right + wide_j.to(tl.int64) * r_n
+        r_tile = tl.load(
+            r_edge[None, :] + r_row[:, None] * r_r,
+            mask=ok[:, None] & (wide_j < tl.minimum(n, n_most))[None, :],
+            other=0.0,
+        )
+        if _INTERPRETED:
+            l_tile, r_tile = l_tile.to(acc.dtype), r_tile.to(acc.dtype)
+        acc = tl.dot(l_tile.T, r_tile, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+        if step == last:
+            to = target + tl.cast(expert, tl.int64) * t_e + tl.cast(block, tl.int64) * t_b
+            for part in tl.static_range(PARTS):
+                if PARTS == 1:
+                    piece = acc
+                elif PARTS == 2:
+                    piece = _halves(acc)[part]
+                else:
+                    piece = _halves(_halves(acc)[part // 2])[part % 2]
+                _store_part(
+                    piece, to, i, j + part * (BN // PARTS), m, n, used, t_m, t_n, GATHER_LEFT, ADD
+                )
+            acc = tl.full((BM, BN), 0.0, SUM)
 
 
 @triton.jit(do_not_specialize=["experts", "tokens", "pairs"])
