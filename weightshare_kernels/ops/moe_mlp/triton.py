@@ -76,7 +76,7 @@ def _up(x: Tensor, gate_up: Tensor, r: Routes, save: bool) -> tuple[Tensor | Non
         _up_kernel, r, x, tile, r.width, tma,
         (x, described(w, 1, r.blocks, tile.n, tile.k) if tma else w, h, hidden, table, r.tokens,
          r.widths, slots, r.width, x.shape[1], *x.stride(), *w.stride()),
-        (r.activation, r.blocks),
+        (r.activation, r.blocks, parts(tile, r.width)),
     )  # fmt: skip
     return h, hidden
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -101,17 +101,23 @@ def rows_tile(kernel: str, r: Routes, like: Tensor, tma: bool) -> Tile:
     if size == 8:
         return Tile(32, 32, 16, stages=2)
     if size == 4:
-        return Tile(16, 32, 64) if mean <= FEW else Tile(64, 64, 32, warps=8)
-    if mean <= FEW:
-        return _triton.tuned(f"{kernel}_few", like) or Tile(16, 64, 128, stages=4)
-    if mean <= 4 * FEW:
-        return _triton.tuned(f"{kernel}_some", like) or Tile(64, 128, 64)
-    if _triton.capability(like) < 90:
-        return _triton.tuned(kernel, like) or Tile(128, 128, 64, warps=8)
+        return Tile(16, 32, 32) if mean <= FEW else Tile(64, 64, 32, warps=8)
+    if mean <= FEW:  # the two blocks of h double what grad_x holds
+        rule = Tile(16, 64, 64 if kernel == "moe_grad_x" else 128, stages=4)
+        return _triton.tuned(f"{kernel}_few", like) or rule
     # Less where registers hold more than the sum: an epilogue's values, addresses of two operands.
-    narrow = kernel == "moe_hidden_grad" or (kernel == "moe_grad_x" and not tma)
-    rule = Tile(128, 128 if narrow else 256, 64, warps=8, stages=4)
-    return _triton.tuned(kernel if tma else f"{kernel}_pointers", like) or rule
+    plain_up = kernel == "moe_up" and (tma or r.widths is not None)
+    narrow = kernel == "moe_hidden_grad" or not (tma or plain_up)
+    if mean <= 4 * FEW:
+        rule, name = Tile(64, 128, 64), f"{kernel}_some"
+    elif _triton.capability(like) < 90:
+        rule, name = Tile(128, 128, 64, warps=8), kernel
+    else:
+        rule = Tile(128, 128 if narrow else 256, 64, warps=8, stages=4)
+        name = kernel if tma else f"{kernel}_pointers"
+    if kernel == "moe_hidden_grad" and r.widths is not None:
+        rule = replace(rule, n=64)
+    return _triton.tuned(name, like) or rule
 
 
 def parts(tile: Tile, columns: int) -> int:

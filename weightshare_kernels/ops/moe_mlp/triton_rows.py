@@ -81,17 +81,20 @@ def _rounded(x, kind: tl.constexpr):
 
 @triton.jit
 def _steps(
-    acc, a, b, n_ok, first, last, a_step, b_step,
+    acc, a, b, n_ok, first, last, size, a_step, b_step,
     MASKED: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``acc + sum over k in [first, last) of a[:, k] b[k, :]``; a, b point at their edges."""
+    """``acc + sum over k in [first, last) of a[:, k] b[k, :]``; a, b point at their edges.
+
+    Masked, it ends at ``size`` within the last step.
+    """
     for start in tl.range(first, last, BK, num_stages=STAGES):
         k = start + tl.arange(0, BK)
         wide = k.to(tl.int64)
         a_at, b_at = a[:, None] + wide[None, :] * a_step, b[None, :] + wide[:, None] * b_step
         if MASKED:
-            a_tile = tl.load(a_at, mask=(k < last)[None, :], other=0.0)
-            b_tile = tl.load(b_at, mask=(k < last)[:, None] & n_ok[None, :], other=0.0)
+            a_tile = tl.load(a_at, mask=(k < size)[None, :], other=0.0)
+            b_tile = tl.load(b_at, mask=(k < size)[:, None] & n_ok[None, :], other=0.0)
         else:
             a_tile = tl.load(a_at)
             b_tile = tl.load(b_at, mask=n_ok[None, :], other=0.0)
@@ -107,7 +110,7 @@ def _rows_dot(
     w,  # [experts, blocks, ...]: pointer, or descriptor
     source,  # row of a of each row of the tile
     row, expert, col,
-    n, k, k_here,  # sizes, and how much of k this expert uses
+    n, k, k_here,  # sizes; what of k this expert uses, any part if OWN, else all or nothing
     a_m, a_b, a_k, w_e, w_nb, w_n, w_kb, w_k,  # strides
     KB: tl.constexpr, NB: tl.constexpr,  # blocks along k and along n
     K_MAJOR: tl.constexpr, GATHER: tl.constexpr, TMA: tl.constexpr, OWN: tl.constexpr,
@@ -145,10 +148,16 @@ def _rows_dot(
             a_at, b_at = a_edge + block * a_b, b_edge + tl.cast(block, tl.int64) * w_kb
             if OWN:  # a width of its own: nothing is known of its last bits, so it ends apart
                 whole = k_here // BK * BK
-                acc = _steps(acc, a_at, b_at, n_ok, 0, whole, a_k, w_k, False, BK, PRECISION, None)
-                acc = _steps(acc, a_at, b_at, n_ok, whole, k_here, a_k, w_k, True, BK, PRECISION, 1)
+                acc = _steps(
+                    acc, a_at, b_at, n_ok, 0, whole, whole, a_k, w_k, False, BK, PRECISION, None
+                )
+                acc = _steps(
+                    acc, a_at, b_at, n_ok, whole, k_here, k_here, a_k, w_k, True, BK, PRECISION, 1
+                )
             else:
-                acc = _steps(acc, a_at, b_at, n_ok, 0, k, a_k, w_k, True, BK, PRECISION, None)
+                acc = _steps(
+                    acc, a_at, b_at, n_ok, 0, k_here, k, a_k, w_k, True, BK, PRECISION, None
+                )
     return acc
 
 
@@ -158,6 +167,17 @@ def _halves(x):
     BM: tl.constexpr = x.shape[0]
     HALF: tl.constexpr = x.shape[1] // 2
     return tl.split(tl.permute(tl.reshape(x, (BM, 2, HALF)), (0, 2, 1)))
+
+
+@triton.jit
+def _piece(x, part: tl.constexpr, PARTS: tl.constexpr):
+    """One of 1, 2 or 4 parts of a tile's columns."""
+    if PARTS == 1:
+        return x
+    elif PARTS == 2:
+        return _halves(x)[part]
+    else:
+        return _halves(_halves(x)[part // 2])[part % 2]
 
 
 @triton.jit
@@ -192,6 +212,29 @@ def _own_width(expert, widths, width):
     return tl.minimum(tl.maximum(tl.load(widths + expert), 0), width).to(tl.int32)
 
 
+@triton.jit
+def _after_up(
+    gate, up, h, hidden, row, stop, col, width, ACTIVATION: tl.constexpr, NB: tl.constexpr
+):
+    """Store some columns of h, and the hidden units of them."""
+    SUM: tl.constexpr = gate.dtype
+    kind: tl.constexpr = hidden.dtype.element_ty
+    below, cols = tl.arange(0, gate.shape[0]), col + tl.arange(0, gate.shape[1])
+    ok = (row + below < stop)[:, None] & (cols < width)[None, :]
+    # The tile's first row in 64 bits, once; 32 within the tile spare registers.
+    line, within = tl.cast(row, tl.int64) * width, below[:, None] * width
+    gate, up = _rounded(gate, kind), _rounded(up, kind)
+    if h is not None:
+        h += line * NB
+        wide = within * NB + cols[None, :]  # two blocks lie side by side in a row of h
+        tl.store(h + wide, gate, mask=ok)
+        if NB == 2:
+            tl.store(h + wide + width, up, mask=ok)
+    # From the rounded h, as backward computes it again.
+    active = _activate(gate.to(SUM), up.to(SUM), ACTIVATION)
+    tl.store(hidden + line + (within + cols[None, :]), _rounded(active, kind), mask=ok)
+
+
 @triton.jit(do_not_specialize=["slots"])
 def _up_kernel(
     x, w,  # [tokens, d], gathered; [experts, blocks, width, d]
@@ -199,7 +242,9 @@ def _up_kernel(
     plan, tokens, widths,  # int32, int32, int64 [experts] | None
     slots, width, d,
     x_m, x_k, w_e, w_b, w_n, w_k,  # strides
-    ACTIVATION: tl.constexpr, NB: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr,
+    ACTIVATION: tl.constexpr, NB: tl.constexpr,
+    PARTS: tl.constexpr,  # in which the columns of a tile end, for want of registers
+    TMA: tl.constexpr, FLATTEN: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
@@ -214,25 +259,19 @@ def _up_kernel(
             d_here = tl.where(col < _own_width(expert, widths, width), d, 0)
         acc = _rows_dot(
             x, w, token, row, expert, col, width, d, d_here,
-            x_m, 0, x_k, w_e, w_b, w_n, 0, w_k, 1, NB, True, True, TMA, widths is not None,
+            x_m, 0, x_k, w_e, w_b, w_n, 0, w_k, 1, NB, True, True, TMA, False,
             BM, BN, BK, PRECISION, SUM,
         )  # fmt: skip
-        kind: tl.constexpr = hidden.dtype.element_ty
-        acc = _rounded(acc, kind)
-        if NB == 2:
-            gate, up = _halves(acc)
-        else:
-            gate, up = acc, acc
-        cols = col + tl.arange(0, BN)
-        ok = (rows < stop)[:, None] & (cols < width)[None, :]
-        line = rows.to(tl.int64)[:, None] * width
-        if h is not None:
-            tl.store(h + line * NB + cols[None, :], gate, mask=ok)
+        for part in tl.static_range(PARTS):
+            # A gate and its up lie in the same part, so a gated tile is halved first.
             if NB == 2:
-                tl.store(h + line * NB + width + cols[None, :], up, mask=ok)
-        # From the rounded h, as backward computes it again.
-        active = _activate(gate.to(SUM), up.to(SUM), ACTIVATION)
-        tl.store(hidden + line + cols[None, :], _rounded(active, kind), mask=ok)
+                gate, up = _halves(acc)
+                gate, up = _piece(gate, part, PARTS), _piece(up, part, PARTS)
+            else:
+                gate = _piece(acc, part, PARTS)
+                up = gate
+            _after_up(gate, up, h, hidden, row, stop, col + part * (BN // PARTS), width,
+                      ACTIVATION, NB)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["slots", "pairs"])
@@ -283,21 +322,18 @@ def _after_hidden(
     cols = col + tl.arange(0, acc.shape[1])
     below = tl.arange(0, acc.shape[0])
     ok = (row + below < stop)[:, None] & (cols < width)[None, :]
-    # The tile's first row in 64 bits, once; 32 within the tile spare registers.
-    line = tl.cast(row, tl.int64) * width
-    within = below[:, None] * width
+    line, within = tl.cast(row, tl.int64) * width, below[:, None] * width
     h += line * NB
-    wide = within * NB + cols[None, :]  # two blocks lie side by side in a row of h
+    wide = within * NB + cols[None, :]
     gate = tl.load(h + wide, mask=ok, other=0.0).to(SUM)
     up = gate
     if NB == 2:
         up = tl.load(h + wide + width, mask=ok, other=0.0).to(SUM)
-    if OWN:  # of h, only what this expert uses was ever written
-        narrow = (cols < used)[None, :]
-        gate, up = tl.where(narrow, gate, 0.0), tl.where(narrow, up, 0.0)
-        acc = tl.where(narrow, acc, 0.0)
     active = _activate(gate, up, ACTIVATION)
-    share = tl.sum(acc * active, 1)
+    share = acc * active
+    if OWN:  # beyond its width no one reads an expert's rows, but a sum must not hold them
+        share = tl.where((cols < used)[None, :], share, 0.0)
+    share = tl.sum(share, 1)
     kind: tl.constexpr = h.dtype.element_ty
     if weighted is not None:
         to = weighted + line + (within + cols[None, :])
@@ -338,22 +374,16 @@ def _hidden_grad_kernel(
             d_here = tl.where(col < used, d, 0)
         acc = _rows_dot(
             grad, w, tl.load(tokens + inside), row, expert, col, width, d, d_here,
-            g_m, 0, g_k, w_e, 0, w_n, 0, w_k, 1, 1, False, True, TMA, widths is not None,
+            g_m, 0, g_k, w_e, 0, w_n, 0, w_k, 1, 1, False, True, TMA, False,
             BM, BN, BK, PRECISION, SUM,
         )  # fmt: skip
         pair = tl.load(permutation + inside)
         factor = tl.load(gates + tl.minimum(tl.maximum(pair, 0), pairs - 1)).to(SUM)
         share = tl.full((BM,), 0.0, SUM)
         for part in tl.static_range(PARTS):
-            if PARTS == 1:
-                piece = acc
-            elif PARTS == 2:
-                piece = _halves(acc)[part]
-            else:
-                piece = _halves(_halves(acc)[part // 2])[part % 2]
             share += _after_hidden(
-                piece, h, dh, weighted, factor, row, stop, col + part * (BN // PARTS), used,
-                width, ACTIVATION, NB, widths is not None,
+                _piece(acc, part, PARTS), h, dh, weighted, factor, row, stop,
+                col + part * (BN // PARTS), used, width, ACTIVATION, NB, widths is not None,
             )  # fmt: skip
         to = sums + (col // BN).to(tl.int64) * pairs + rows
         tl.store(to, share, mask=rows < stop)

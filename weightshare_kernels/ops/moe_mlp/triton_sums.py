@@ -6,29 +6,20 @@ import triton
 import triton.language as tl
 
 from weightshare_kernels._products import _INTERPRETED
-from weightshare_kernels.ops.moe_mlp.triton_rows import _halves, _own_width, _rounded
+from weightshare_kernels.ops.moe_mlp.triton_rows import _own_width, _piece, _rounded
 
 
 @triton.jit
-def _span(expert, offsets, pairs):
-    """First row of an expert and the one after its last."""
-    start = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), pairs)
-    stop = tl.minimum(tl.maximum(tl.load(offsets + expert + 1), start), pairs)
-    return start.to(tl.int32), stop.to(tl.int32)
+def _task(
+    tile, offsets, widths, pairs, m, n, width,
+    blocks: tl.constexpr, GATHER_LEFT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """What a tile is: expert, block, first row and column; width; rows summed over; steps.
 
-
-@triton.jit
-def _used_rows(beyond, start, stop, BK: tl.constexpr):
-    """Row at which a tile's sum ends, and its steps: one at least, in which the tile is stored."""
-    stop = tl.where(beyond, start, stop)
-    return stop, tl.maximum((stop - start + BK - 1) // BK, 1)
-
-
-@triton.jit
-def _corner(
-    tile, m, n, blocks: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, GROUP: tl.constexpr
-):
-    """Expert, block, first row and first column of a tile; an expert's tiles run together."""
+    An expert's tiles run together, so that its rows stay in the L2 cache. There is one step at
+    least, in which the tile is stored.
+    """
     tiles_m, tiles_n = (m + BM - 1) // BM, (n + BN - 1) // BN
     each = blocks * tiles_m * tiles_n
     expert = tile // each
@@ -38,7 +29,15 @@ def _corner(
     within = inside - band * (GROUP * tiles_n)
     line = band * GROUP + within % height
     block = line // tiles_m
-    return expert, block, (line - block * tiles_m) * BM, within // height * BN
+    i, j = (line - block * tiles_m) * BM, within // height * BN
+    used = width
+    if widths is not None:
+        used = _own_width(expert, widths, width)
+    start = tl.minimum(tl.maximum(tl.load(offsets + expert), 0), pairs).to(tl.int32)
+    stop = tl.minimum(tl.maximum(tl.load(offsets + expert + 1), 0), pairs).to(tl.int32)
+    beyond = j >= used if GATHER_LEFT else i >= used
+    stop = tl.where(beyond, start, tl.maximum(stop, start))
+    return expert, block, i, j, used, start, stop, tl.maximum((stop - start + BK - 1) // BK, 1)
 
 
 @triton.jit
@@ -78,13 +77,9 @@ def _weight_grad_kernel(
     """
     steps = 0
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-        expert, _, i, j = _corner(tile, m, n, blocks, BM, BN, GROUP)
-        used = width
-        if widths is not None:
-            used = _own_width(expert, widths, width)
-        start, stop = _span(expert, offsets, pairs)
-        beyond = j >= used if GATHER_LEFT else i >= used
-        _, more = _used_rows(beyond, start, stop, BK)
+        _, _, _, _, _, _, _, more = _task(
+            tile, offsets, widths, pairs, m, n, width, blocks, GATHER_LEFT, BM, BN, BK, GROUP
+        )
         steps += more
     tile = tl.program_id(0) - tl.num_programs(0)
     step, last, first, stop, used = -1, -1, 0, 0, 0
@@ -94,13 +89,9 @@ def _weight_grad_kernel(
         step = tl.where(step == last, 0, step + 1)
         if step == 0:
             tile += tl.num_programs(0)
-            expert, block, i, j = _corner(tile, m, n, blocks, BM, BN, GROUP)
-            used = width
-            if widths is not None:
-                used = _own_width(expert, widths, width)
-            first, stop = _span(expert, offsets, pairs)
-            beyond = j >= used if GATHER_LEFT else i >= used
-            stop, last = _used_rows(beyond, first, stop, BK)
+            expert, block, i, j, used, first, stop, last = _task(
+                tile, offsets, widths, pairs, m, n, width, blocks, GATHER_LEFT, BM, BN, BK, GROUP
+            )
             last -= 1
         rows = first + step * BK + tl.arange(0, BK)
         ok = rows < stop
@@ -129,15 +120,10 @@ def _weight_grad_kernel(
         if step == last:
             to = target + tl.cast(expert, tl.int64) * t_e + tl.cast(block, tl.int64) * t_b
             for part in tl.static_range(PARTS):
-                if PARTS == 1:
-                    piece = acc
-                elif PARTS == 2:
-                    piece = _halves(acc)[part]
-                else:
-                    piece = _halves(_halves(acc)[part // 2])[part % 2]
                 _store_part(
-                    piece, to, i, j + part * (BN // PARTS), m, n, used, t_m, t_n, GATHER_LEFT, ADD
-                )
+                    _piece(acc, part, PARTS), to, i, j + part * (BN // PARTS), m, n, used,
+                    t_m, t_n, GATHER_LEFT, ADD,
+                )  # fmt: skip
             acc = tl.full((BM, BN), 0.0, SUM)
 
 
