@@ -5,11 +5,15 @@ import torch
 
 import weightshare_kernels
 from weightshare_kernels import (
+    Routing,
     entangle,
     entangled_linear,
     entangled_linear_independent,
     expert_mixture_linear,
     grouped_sliced_linear,
+    moe_mlp,
+    route,
+    routing_of,
     sliced_linear,
     sliced_weight,
 )
@@ -61,7 +65,9 @@ GOOD |= {
         "ins": [10, 3],
     },
 }
-ELSEWHERE = {sliced_weight}  # selections are positional: tests/test_sliced_weight.py
+# Selections are positional: tests/test_sliced_weight.py; a Routing is what test_route.py and
+# test_moe_mlp.py are about.
+ELSEWHERE = {sliced_weight, Routing, route, routing_of, moe_mlp}
 LINEAR = (sliced_linear, entangled_linear, entangled_linear_independent)
 MIXING = (entangled_linear, entangle)
 

@@ -1,6 +1,4 @@
 // moe_mlp on the CPU: stable-ABI tensors to the kernels of cpu/moe.h, and their threads.
-#include <string>
-
 #include "bindings/kept_cpu.h"
 #include "bindings/tensor_cpu.h"
 
@@ -153,8 +151,9 @@ void forward_of(const Problem<T>& p, T* h, T* y) {
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& gate_up, const Tensor& down,
                                    const Tensor& gates, const Tensor& offsets,
                                    const Tensor& permutation, const Tensor& inverse,
-                                   const MaybeTensor& widths, int64_t width,
-                                   const std::string& activation, bool save) {
+                                   const MaybeTensor& widths, int64_t width, StringHandle name,
+                                   bool save) {
+  const std::string activation = text_of(name);
   const int64_t parts = activation_of(activation) == Activation::swiglu ? 2 : 1;
   const Tensor y = with_last(x, x.size(1));
   const int64_t sizes[2] = {save ? permutation.size(0) : 0, save ? parts * width : 0};
@@ -256,8 +255,9 @@ std::tuple<Tensor, Tensor> backward_(
     const MaybeTensor& gate_up_buffer, const MaybeTensor& down_buffer, const Tensor& grad,
     const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& h,
     const Tensor& gates, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse,
-    const MaybeTensor& widths, int64_t width, const std::string& activation, bool add_gate_up,
-    bool add_down, bool wants_x) {
+    const MaybeTensor& widths, int64_t width, StringHandle name, bool add_gate_up, bool add_down,
+    bool wants_x) {
+  const std::string activation = text_of(name);
   const Tensor dy = rows_as_they_lie(grad), saved = torch::stable::contiguous(h);
   const Tensor dx =
       wants_x ? with_last(x, x.size(1)) : torch::stable::new_empty(x, {0});

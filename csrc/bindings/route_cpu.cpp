@@ -20,18 +20,12 @@ Tensor integers(std::initializer_list<int64_t> sizes) {
   return empty(sizes, aoti_torch_dtype_int64());
 }
 
-// Takes the handle over. The library's own conversion to std::string loses a string per call.
 ScoreFn score_fn(StringHandle name) {
-  const char* text;
-  size_t length;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &text));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(name, &length));
-  const std::string_view asked(text, length);
+  const std::string asked = text_of(name);
   const bool known = asked == "sigmoid" || asked == "softmax" || asked == "sqrt_softplus";
   const ScoreFn fn = asked == "sigmoid"   ? ScoreFn::sigmoid
                      : asked == "softmax" ? ScoreFn::softmax
                                           : ScoreFn::sqrt_softplus;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(name));
   STD_TORCH_CHECK(known, "score_fn: expected sigmoid, softmax or sqrt_softplus");
   return fn;
 }

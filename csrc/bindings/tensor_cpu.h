@@ -11,6 +11,7 @@
 
 #include <array>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cpu/isa.h"
@@ -72,6 +73,18 @@ inline Tensor with_last(const Tensor& like, int64_t n) {
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, dtype,
                                                          aoti_torch_device_type_cpu(), 0, &made));
   return Tensor(made);
+}
+
+// A string argument; takes the handle over. The library's own conversion to std::string loses a
+// string per call.
+inline std::string text_of(StringHandle handle) {
+  const char* text;
+  size_t length;
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
+  std::string copy(text, length);
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
+  return copy;
 }
 
 // Pointer to an index table, contiguous and within [0, size), or null. It is checked again here,

@@ -22,7 +22,9 @@ struct MoeShape {
   static constexpr int kRows = kVectors * kLanes;  // lanes of a tile
   static constexpr int kBlock = WS_BYTES == 64 ? 4 : 8;  // tiles worked on together
   static constexpr int kDepth = 1024;  // units per pass; the packed lanes stay in the L2 cache
-  static constexpr int kFew = 4;       // rows up to which dot products serve
+  // Up to so many rows a weight is met by dot products, which leave no lane of a vector empty.
+  // Less than a tile: of an expert's tiles, the last alone may have few.
+  static constexpr int kFew = WS_BYTES == 64 ? kRows / 8 : kRows / 4;
   static constexpr int kWide = 96;     // columns packed at a time where a weight runs across
   static constexpr int kWideDepth = 256;
   typedef S Vector __attribute__((vector_size(WS_BYTES), aligned(sizeof(S)), may_alias));
@@ -30,11 +32,13 @@ struct MoeShape {
 };
 
 // A broadcast operand: unit k of line j lies at data + k * unit_step + j * line_step, in bytes.
+// Lines that come straight from memory are fetched while those before them are used.
 struct Operand {
   const char* data;
   int64_t unit_step, line_step;
+  bool fetch = false;
 
-  Operand line(int64_t j) const { return {data + j * line_step, unit_step, line_step}; }
+  Operand line(int64_t j) const { return {data + j * line_step, unit_step, line_step, fetch}; }
 };
 
 template <class T, class V>
@@ -72,7 +76,7 @@ void moe_tile(const Unit<T>* a, int64_t a_step, Operand b, int64_t units, Sum<T>
       half[r] = add ? *reinterpret_cast<const Half*>(c + r * c_step + V * L) : Half{};
   }
   const char* line = b.data;
-  for (int64_t k = 0; k < units; ++k, a += a_step, line += b.unit_step) {
+  auto step = [&]() WS_INLINE {
     Full x[V > 0 ? V : 1];
     Half y{};
 #pragma GCC unroll 4
@@ -86,7 +90,16 @@ void moe_tile(const Unit<T>* a, int64_t a_step, Operand b, int64_t units, Sum<T>
       for (int v = 0; v < V; ++v) multiply<T>(sum[r][v], w, x[v]);
       if (H) multiply<T>(half[r], w, y);
     }
+    a += a_step, line += b.unit_step;
+  };
+  constexpr int64_t kLine = 64 / sizeof(Unit<T>);  // units of a cache line
+  int64_t k = 0;
+  for (; b.fetch && k + kLine <= units; k += kLine) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) __builtin_prefetch(line + (R + r) * b.line_step, 0, 3);
+    for (int64_t i = 0; i < kLine; ++i) step();
   }
+  for (; k < units; ++k) step();
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -136,11 +149,92 @@ void moe_product(const Unit<T>* a, int64_t a_step, int64_t lanes, Operand b, int
 #undef WS_LINES
 }
 
+// ---- runs of elements ---------------------------------------------------------------------------
+
+// n elements widened, or narrowed, a vector at a time.
+template <class T>
+inline void widen_run(const T* from, int64_t n, Sum<T>* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    constexpr int L = MoeShape<float>::kLanes;
+    typedef uint16_t Narrow __attribute__((vector_size(2 * L), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(4 * L), aligned(4), may_alias));
+    for (; i + L <= n; i += L)
+      *reinterpret_cast<Wide*>(to + i) =
+          __builtin_convertvector(*reinterpret_cast<const Narrow*>(from + i), Wide) << 16;
+  }
+  for (; i < n; ++i) to[i] = widen(from[i]);
+}
+
+template <class T>
+inline void narrow_run(const Sum<T>* from, int64_t n, T* to) {
+  int64_t i = 0;
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    constexpr int L = MoeShape<float>::kLanes;
+    typedef uint16_t Narrow __attribute__((vector_size(2 * L), aligned(2), may_alias));
+    typedef uint32_t Wide __attribute__((vector_size(4 * L), aligned(4), may_alias));
+#if WS_PAIRS
+    for (; i + L <= n; i += L)
+      *reinterpret_cast<Narrow*>(to + i) =
+          (Narrow)_mm512_cvtneps_pbh(*reinterpret_cast<const __m512_u*>(from + i));
+#endif
+    for (; i + L <= n; i += L) {
+      const Wide bits = *reinterpret_cast<const Wide*>(from + i);
+      const Wide rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 0x40;
+      const Wide chosen = (bits & 0x7fffffff) > 0x7f800000 ? quiet : rounded;
+      *reinterpret_cast<Narrow*>(to + i) = __builtin_convertvector(chosen, Narrow);
+    }
+  }
+  for (; i < n; ++i) to[i] = narrow<T>(from[i]);
+}
+
+// n sums to where they are not read again soon: past the caches where that is possible, since a
+// line that is written whole need not be read first.
+template <class R, class S>
+inline void write_run(const S* from, int64_t n, R* to) {
+#if WS_BYTES == 64
+  if (n * sizeof(R) % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    alignas(64) R line[64 / sizeof(R)];
+    for (int64_t i = 0; i < n; i += 64 / sizeof(R)) {
+      if constexpr (std::is_same_v<R, S>) {
+        std::memcpy(line, from + i, 64);
+      } else {
+        narrow_run(from + i, 64 / sizeof(R), line);
+      }
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i),
+                          *reinterpret_cast<const __m512i*>(line));
+    }
+    return;
+  }
+#endif
+  if constexpr (std::is_same_v<R, S>) {
+    std::copy_n(from, n, to);
+  } else {
+    narrow_run(from, n, to);
+  }
+}
+
+// to += factor * from
+template <class S>
+inline void add_run(const S* from, S factor, int64_t n, S* to) {
+  using V = typename MoeShape<S>::Vector;
+  constexpr int L = MoeShape<S>::kLanes;
+  int64_t i = 0;
+  for (; i + L <= n; i += L)
+    *reinterpret_cast<V*>(to + i) += factor * *reinterpret_cast<const V*>(from + i);
+  for (; i < n; ++i) to[i] += factor * from[i];
+}
+
 // ---- packing ------------------------------------------------------------------------------------
 
 // Two elements as a unit, the first in the low half.
 inline uint32_t pair_of(bfloat16 low, bfloat16 high) {
   return low.bits | static_cast<uint32_t>(high.bits) << 16;
+}
+
+inline void pair_run(const bfloat16* __restrict low, const bfloat16* __restrict high, int64_t n,
+                     uint32_t* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = pair_of(low[i], high[i]);
 }
 
 // Rows of T become lanes: to[unit][lane], for the elements [0, depth) of `lines[lane]`; a null line
@@ -166,7 +260,7 @@ void pack_lanes(const T* const* lines, int64_t lanes, int64_t depth, const T* ze
           line[i] = reinterpret_cast<const U*>(row) + from;
         } else {
           S* wide = scratch + i * kRun;
-          for (int64_t k = 0; k < run; ++k) wide[k] = widen(row[from + k]);
+          widen_run(row + from, run, wide);
           line[i] = reinterpret_cast<const U*>(wide);
         }
       }
@@ -203,14 +297,14 @@ void pack_units(const T* const* lines, int64_t rows, int64_t n, int64_t col_stri
       if (high == nullptr) {
         for (int64_t i = 0; i < n; ++i) to[i] = low[i * col_stride].bits;
       } else if (col_stride == 1) {
-        for (int64_t i = 0; i < n; ++i) to[i] = pair_of(low[i], high[i]);
+        pair_run(low, high, n, to);
       } else {
         for (int64_t i = 0; i < n; ++i) to[i] = pair_of(low[i * col_stride], high[i * col_stride]);
       }
     } else {
       const T* row = lines[r];
       if (col_stride == 1) {
-        for (int64_t i = 0; i < n; ++i) to[i] = widen(row[i]);
+        widen_run(row, n, to);
       } else {
         for (int64_t i = 0; i < n; ++i) to[i] = widen(row[i * col_stride]);
       }
@@ -226,19 +320,20 @@ Operand operand_of(const T* w, int64_t k_stride, int64_t j_stride, int64_t lines
                    Unit<T>* scratch) {
   using U = Unit<T>;
   if (kInPairs<T> && k_stride == 1 && depth % 2 == 0)
-    return {reinterpret_cast<const char*>(w), 2 * sizeof(T), j_stride * int64_t{sizeof(T)}};
+    return {reinterpret_cast<const char*>(w), 2 * sizeof(T), j_stride * int64_t{sizeof(T)}, true};
   const bool across = j_stride == 1 && k_stride != 1;
   if (std::is_same_v<T, U> && !across)
     return {reinterpret_cast<const char*>(w), k_stride * int64_t{sizeof(T)},
-            j_stride * int64_t{sizeof(T)}};
+            j_stride * int64_t{sizeof(T)}, k_stride == 1};
   const int64_t pitch = lines;
+  constexpr int64_t kAhead = 32;
   const T* rows[2];
   for (int64_t k = 0; k < depth; k += kPer<T>) {
     for (int64_t i = 0; i < kPer<T>; ++i) rows[i] = w + (k + i) * k_stride;
-    if (across && k + 8 < depth) {
+    if (across && k + kAhead + kPer<T> <= depth) {
       for (int64_t j = 0; j < lines; j += 64 / sizeof(T))
         for (int64_t i = 0; i < kPer<T>; ++i)
-          __builtin_prefetch(w + (k + 6 + i) * k_stride + j);
+          __builtin_prefetch(w + (k + kAhead + i) * k_stride + j, 0, 2);
     }
     pack_units<T>(rows, std::min<int64_t>(kPer<T>, depth - k), lines, j_stride, pitch,
                   scratch + k / kPer<T> * pitch);
@@ -328,6 +423,36 @@ void with_activation(Activation activation, const F& f) {
   }
 }
 
+// Hidden units of n pre-activations.
+template <Activation A, class S>
+void activate_run(const S* __restrict gate, const S* __restrict up, int64_t n, S* __restrict to) {
+  for (int64_t i = 0; i < n; ++i) to[i] = Active<A, S>(gate[i], up[i]).value;
+}
+
+// Where `across` is the gradient of the hidden units of a line, less the gates `weight`.
+template <class S>
+struct GradLine {
+  const S *across, *gate, *up, *weight;
+  S *total, *by_gate, *by_up, *gated;
+};
+
+template <Activation A, class S>
+void grad_run(const GradLine<S>& line, int64_t n) {
+  const S *__restrict across = line.across, *__restrict gate = line.gate;
+  const S *__restrict up = line.up, *__restrict weight = line.weight;
+  S *__restrict total = line.total, *__restrict by_gate = line.by_gate;
+  S *__restrict by_up = line.by_up, *__restrict gated = line.gated;
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    const Active<A, S> active(gate[i], up[i]);
+    const S scaled = weight[i] * across[i];
+    total[i] += across[i] * active.value;
+    by_gate[i] = scaled * active.by_gate;
+    by_up[i] = scaled * active.by_up;
+    gated[i] = weight[i] * active.value;
+  }
+}
+
 // ---- moving tiles -------------------------------------------------------------------------------
 
 // Calls body(row, first column, values, count) for every row of lanes of c [lines][lanes], in
@@ -371,9 +496,12 @@ void turn_rows(const T* from, int64_t stride, int64_t rows, int64_t lines, int64
         if (i + l >= rows) {
           std::fill_n(square[l], L, S{});
         } else {
-          const T* row = from + (i + l) * stride + j;
-          for (int64_t c = 0; c < n; ++c) square[l][c] = widen(row[c]);
+          widen_run(from + (i + l) * stride + j, n, square[l]);
         }
+      }
+      if (m == L && n == L) {
+        transpose<S>(line, 0, to + j * lanes + i, lanes);
+        continue;
       }
       transpose<S>(line, 0, turned[0], L);
       for (int64_t c = 0; c < n; ++c) std::copy_n(turned[c], m, to + (j + c) * lanes + i);
@@ -512,7 +640,7 @@ void moe_dots(const Unit<T>* const* x, const T* const* w, int64_t depth, int64_t
   }
 }
 
-template <class T, int M = MoeShape<Sum<T>>::kFew>
+template <class T, int M = 4>
 void any_moe_dots(int64_t rows, const Unit<T>* const* x, const T* const* w, int64_t depth,
                   int64_t ahead, Sum<T> (*sums)[4]) {
   if (rows == M) {
@@ -522,16 +650,26 @@ void any_moe_dots(int64_t rows, const Unit<T>* const* x, const T* const* w, int6
   }
 }
 
-// body(line, sums of its rows) for the lines [j0, j1) of a weight.
-template <class T, class F>
-void dots_of_lines(const Unit<T>* const* x, int64_t rows, const T* w, int64_t stride, int64_t j0,
-                   int64_t j1, int64_t depth, const F& body) {
-  Sum<T> sums[4][4];
-  for (int64_t j = j0; j < j1; j += 4) {
-    const T* lines[4];
-    for (int64_t i = 0; i < 4; ++i) lines[i] = w + std::min(j + i, j1 - 1) * stride;
-    any_moe_dots<T>(rows, x, lines, depth, 4 * stride, sums);
-    for (int64_t i = 0; i < std::min<int64_t>(4, j1 - j); ++i) body(j + i, sums[i]);
+// sums[row][j - j0] = w_j . x_row for the lines [j0, j1) of a weight, few rows.
+template <class T>
+void dots_of_lines(const Unit<T>* x, int64_t rows, int64_t pitch, const T* w, int64_t stride,
+                   int64_t j0, int64_t j1, int64_t depth, Sum<T>* sums) {
+  constexpr int64_t kTile = 4, kDistance = 16384 / sizeof(T);
+  const int64_t ahead = (kDistance + kTile * stride - 1) / (kTile * stride) * kTile * stride;
+  Sum<T> tile[kTile][kTile];
+  for (int64_t j = j0; j < j1; j += kTile) {
+    const T* lines[kTile];
+    for (int64_t i = 0; i < kTile; ++i) lines[i] = w + std::min(j + i, j1 - 1) * stride;
+    for (int64_t m = 0; m < rows; m += kTile) {
+      const int64_t count = std::min(kTile, rows - m);
+      const Unit<T>* row[kTile];
+      for (int64_t i = 0; i < count; ++i) row[i] = x + (m + i) * pitch;
+      any_moe_dots<T>(count, row, lines, depth, ahead, tile);
+      for (int64_t i = 0; i < count; ++i) {
+        Sum<T>* to = sums + (m + i) * kMoeChunk + j - j0;
+        for (int64_t l = 0; l < std::min(kTile, j1 - j); ++l) to[l] = tile[l][i];
+      }
+    }
   }
 }
 
@@ -542,7 +680,7 @@ void copy_units(const T* from, int64_t depth, Unit<T>* to) {
     to[units_of<T>(depth) - 1] = 0;
     std::memcpy(to, from, depth * sizeof(T));
   } else {
-    for (int64_t i = 0; i < depth; ++i) to[i] = widen(from[i]);
+    widen_run(from, depth, to);
   }
 }
 
@@ -557,52 +695,28 @@ bool few_rows(const Moe<T>& moe, const MoeTile& tile) {
   return moe.few && tile.rows <= MoeShape<Sum<T>>::kFew;
 }
 
+// Hidden units [c0, c0 + n) of few rows, from their sums [row][kMoeChunk].
 template <class T>
-void up_by_dots(const Moe<T>& moe, const MoeTile& tile, int64_t f0, int64_t f1,
-                const MoeHidden<T>& to) {
+void store_few(const Moe<T>& moe, const MoeTile& tile, int64_t c0, int64_t n, const Sum<T>* gates,
+               const Sum<T>* ups, const MoeHidden<T>& to) {
   using S = Sum<T>;
-  constexpr int kFew = MoeShape<S>::kFew;
-  const int64_t units = units_of<T>(moe.d), depth = depth_of(moe);
-  Unit<T>* x;
-  S* sums;
-  MoeScratch scratch(room(x, kFew * units), room(sums, 2 * kFew * kMoeChunk));
-  const Unit<T>* rows[kFew];
+  const int64_t depth = depth_of(moe), pitch = moe.parts() * moe.width;
   for (int64_t i = 0; i < tile.rows; ++i) {
-    copy_units(moe.x + moe.token[tile.row + i] * moe.x_stride, moe.d, x + i * units);
-    rows[i] = x + i * units;
-  }
-  const int64_t pitch = moe.parts() * moe.width;
-  for (int64_t c0 = f0; c0 < f1; c0 += kMoeChunk) {
-    const int64_t c1 = std::min(f1, c0 + kMoeChunk);
-    for (int64_t part = 0; part < moe.parts(); ++part) {
-      const T* w = moe.gate_up.at(tile.expert, part * moe.f, 0);
-      dots_of_lines<T>(rows, tile.rows, w, moe.gate_up.row_stride, c0, c1, moe.d,
-                       [&](int64_t j, const S* line) WS_INLINE {
-                         for (int64_t i = 0; i < tile.rows; ++i)
-                           sums[(part * kFew + i) * kMoeChunk + j - c0] = line[i];
-                       });
+    const S *gate = gates + i * kMoeChunk, *up = ups + i * kMoeChunk;
+    S value[kMoeChunk + 1];
+    with_activation(moe.activation,
+                    [&](auto act) WS_INLINE { activate_run<act.value>(gate, up, n, value); });
+    value[n] = 0;
+    Unit<T>* a = static_cast<Unit<T>*>(to.a) + tile.at * depth + i * depth;
+    if constexpr (kInPairs<T>) {
+      T line[kMoeChunk + 1];
+      narrow_run(value, n + 1, line);
+      std::memcpy(a + c0 / 2, line, units_of<T>(n) * sizeof(Unit<T>));
+    } else {
+      std::copy_n(value, n, a + c0);
     }
-    with_activation(moe.activation, [&](auto act) WS_INLINE {
-      for (int64_t i = 0; i < tile.rows; ++i) {
-        const S* gate = sums + i * kMoeChunk;
-        const S* up = moe.parts() == 2 ? gate + kFew * kMoeChunk : gate;
-        Unit<T>* a = static_cast<Unit<T>*>(to.a) + tile.at * depth + i * depth;
-        S value[kMoeChunk + 1];
-        for (int64_t j = 0; j < c1 - c0; ++j) value[j] = Active<act.value, S>(gate[j], up[j]).value;
-        value[c1 - c0] = 0;
-        if constexpr (kInPairs<T>) {
-          for (int64_t j = 0; j < c1 - c0; j += 2)
-            a[(c0 + j) / 2] = pair_of(narrow<T>(value[j]), narrow<T>(value[j + 1]));
-        } else {
-          std::copy_n(value, c1 - c0, a + c0);
-        }
-        for (int64_t part = 0; to.h != nullptr && part < moe.parts(); ++part) {
-          const S* line = sums + (part * kFew + i) * kMoeChunk;
-          T* h = to.h + (tile.row + i) * pitch + part * moe.width + c0;
-          for (int64_t j = 0; j < c1 - c0; ++j) h[j] = narrow<T>(line[j]);
-        }
-      }
-    });
+    for (int64_t part = 0; to.h != nullptr && part < moe.parts(); ++part)
+      narrow_run(part ? up : gate, n, to.h + (tile.row + i) * pitch + part * moe.width + c0);
   }
 }
 
@@ -615,19 +729,21 @@ void store_hidden(const Moe<T>& moe, const MoeTile& tile, int64_t c0, int64_t n,
   Unit<T>* a = static_cast<Unit<T>*>(to.a) + tile.at * depth_of(moe) + c0 / kPer<T> * lanes;
   with_activation(moe.activation, [&](auto act) WS_INLINE {
     if constexpr (kInPairs<T>) {
+      S value[MoeShape<S>::kRows];
+      T low[MoeShape<S>::kRows], high[MoeShape<S>::kRows] = {};
       for (int64_t j = 0; j < n; j += 2, a += lanes) {
-        const S *g = gate + j * lanes, *u = up + j * lanes;
+        activate_run<act.value>(gate + j * lanes, up + j * lanes, lanes, value);
+        narrow_run(value, lanes, low);
         if (j + 1 < n) {
-          for (int64_t i = 0; i < lanes; ++i)
-            a[i] = pair_of(narrow<T>(Active<act.value, S>(g[i], u[i]).value),
-                           narrow<T>(Active<act.value, S>(g[lanes + i], u[lanes + i]).value));
+          activate_run<act.value>(gate + (j + 1) * lanes, up + (j + 1) * lanes, lanes, value);
+          narrow_run(value, lanes, high);
         } else {
-          for (int64_t i = 0; i < lanes; ++i)
-            a[i] = narrow<T>(Active<act.value, S>(g[i], u[i]).value).bits;
+          std::fill_n(high, lanes, T{});
         }
+        pair_run(low, high, lanes, a);
       }
     } else {
-      for (int64_t i = 0; i < n * lanes; ++i) a[i] = Active<act.value, S>(gate[i], up[i]).value;
+      activate_run<act.value>(gate, up, n * lanes, a);
     }
   });
   if (to.h == nullptr) return;
@@ -635,8 +751,8 @@ void store_hidden(const Moe<T>& moe, const MoeTile& tile, int64_t c0, int64_t n,
   for (int64_t part = 0; part < moe.parts(); ++part) {
     each_row(part ? up : gate, lanes, n, tile.rows,
              [&](int64_t i, int64_t j, const S* values, int64_t count) WS_INLINE {
-               T* h = to.h + (tile.row + i) * pitch + part * moe.width + c0 + j;
-               for (int64_t c = 0; c < count; ++c) h[c] = narrow<T>(values[c]);
+               narrow_run(values, count,
+                          to.h + (tile.row + i) * pitch + part * moe.width + c0 + j);
              });
   }
 }
@@ -649,10 +765,6 @@ void moe_up(const Moe<T>& moe, MoeShare share, const MoeHidden<T>& to) {
   share.each(moe, [&](const MoeBlock& block, int64_t chunk0, int64_t chunk1) {
     const int64_t width = moe.widths[block.expert], f0 = chunk0 * kMoeChunk;
     const int64_t f1 = std::min(width, chunk1 * kMoeChunk), tiles = block.last - block.first;
-    if (few_rows(moe, moe.tiles[block.first])) {
-      up_by_dots(moe, moe.tiles[block.first], f0, f1, to);
-      return;
-    }
     Unit<T>*x, *packed;
     S *sums, *wide;
     T* zeros;
@@ -668,28 +780,44 @@ void moe_up(const Moe<T>& moe, MoeShare share, const MoeHidden<T>& to) {
       panels[t] = next;
       next += tile.lanes * units;
       rows_of_tile(moe, tile, moe.x, moe.x_stride, lines);
-      pack_lanes<T>(lines, tile.lanes, moe.d, zeros, wide, panels[t]);
+      if (few_rows(moe, tile)) {
+        for (int64_t i = 0; i < tile.rows; ++i) copy_units(lines[i], moe.d, panels[t] + i * units);
+      } else {
+        pack_lanes<T>(lines, tile.lanes, moe.d, zeros, wide, panels[t]);
+      }
     }
+    const bool few = few_rows(moe, moe.tiles[block.last - 1]);  // the last tile alone may be
+    const int64_t full = tiles - few;
     for (int64_t c0 = f0; c0 < f1; c0 += kMoeChunk) {
       const int64_t n = std::min(kMoeChunk, f1 - c0);
       for (int64_t part = 0; part < moe.parts(); ++part) {
-        for (int64_t k0 = 0; k0 < units || k0 == 0; k0 += G::kDepth) {
+        S* here = sums + part * G::kBlock * tile_sums;
+        for (int64_t k0 = 0; full > 0 && (k0 < units || k0 == 0); k0 += G::kDepth) {
           const int64_t run = std::min<int64_t>(G::kDepth, units - k0);
           const int64_t depth = std::min(moe.d - k0 * kPer<T>, run * kPer<T>);
           const Operand w =
               operand_of<T>(moe.gate_up.at(block.expert, part * moe.f + c0, k0 * kPer<T>),
                             moe.gate_up.col_stride, moe.gate_up.row_stride, n, depth, packed);
-          for (int64_t t = 0; t < tiles; ++t) {
+          for (int64_t t = 0; t < full; ++t) {
             const int64_t lanes = moe.tiles[block.first + t].lanes;
-            moe_product<T>(panels[t] + k0 * lanes, lanes, lanes, w, n, run,
-                           sums + (part * G::kBlock + t) * tile_sums, lanes, k0 > 0);
+            moe_product<T>(panels[t] + k0 * lanes, lanes, lanes, w, n, run, here + t * tile_sums,
+                           lanes, k0 > 0);
           }
+        }
+        if (few) {
+          dots_of_lines<T>(panels[full], moe.tiles[block.last - 1].rows, units,
+                           moe.gate_up.at(block.expert, part * moe.f, 0), moe.gate_up.row_stride,
+                           c0, c0 + n, moe.d, here + full * tile_sums);
         }
       }
       for (int64_t t = 0; t < tiles; ++t) {
         const S* gate = sums + t * tile_sums;
         const S* up = moe.parts() == 2 ? gate + G::kBlock * tile_sums : gate;
-        store_hidden(moe, moe.tiles[block.first + t], c0, n, gate, up, to);
+        if (t < full) {
+          store_hidden(moe, moe.tiles[block.first + t], c0, n, gate, up, to);
+        } else {
+          store_few(moe, moe.tiles[block.first + t], c0, n, gate, up, to);
+        }
       }
     }
   });
@@ -702,9 +830,8 @@ void scatter(const Moe<T>& moe, const MoeTile& tile, const Sum<T>* sums, int64_t
   using S = Sum<T>;
   each_row(sums, tile.lanes, n, tile.rows,
            [&](int64_t i, int64_t j, const S* values, int64_t count) WS_INLINE {
-             const S gate = gated ? moe.gate[tile.row + i] : S(1);
-             S* row = to + moe.token[tile.row + i] * moe.d + j;
-             for (int64_t c = 0; c < count; ++c) row[c] += gate * values[c];
+             add_run(values, gated ? moe.gate[tile.row + i] : S(1), count,
+                     to + moe.token[tile.row + i] * moe.d + j);
            });
 }
 
@@ -721,33 +848,32 @@ void moe_down(const Moe<T>& moe, int64_t n0, int64_t n1, const void* packed_hidd
   for (int64_t t = 0; t < moe.tokens; ++t) std::fill_n(y + t * moe.d + n0, n1 - n0, S{});
   for (const MoeBlock& block : moe.blocks) {
     const int64_t width = moe.widths[block.expert], units = units_of<T>(width);
-    const MoeTile& first = moe.tiles[block.first];
-    if (few_rows(moe, first)) {
-      const Unit<T>* rows[G::kFew];
-      for (int64_t i = 0; i < first.rows; ++i) rows[i] = hidden + first.at * pitch + i * pitch;
-      dots_of_lines<T>(rows, first.rows, moe.down.at(block.expert, 0, 0), moe.down.row_stride, n0,
-                       n1, width, [&](int64_t j, const S* line) WS_INLINE {
-                         for (int64_t i = 0; i < first.rows; ++i)
-                           y[moe.token[first.row + i] * moe.d + j] +=
-                               moe.gate[first.row + i] * line[i];
-                       });
-      continue;
-    }
+    const MoeTile& tail = moe.tiles[block.last - 1];
+    const bool few = few_rows(moe, tail);
+    const int64_t full = block.last - few;
     for (int64_t c0 = n0; c0 < n1; c0 += kMoeChunk) {
       const int64_t n = std::min(kMoeChunk, n1 - c0);
-      for (int64_t k0 = 0; k0 < units; k0 += G::kDepth) {
+      for (int64_t k0 = 0; full > block.first && k0 < units; k0 += G::kDepth) {
         const int64_t run = std::min<int64_t>(G::kDepth, units - k0);
         const int64_t depth = std::min(width - k0 * kPer<T>, run * kPer<T>);
         const Operand w = operand_of<T>(moe.down.at(block.expert, c0, k0 * kPer<T>),
                                         moe.down.col_stride, moe.down.row_stride, n, depth, packed);
-        for (int64_t t = block.first; t < block.last; ++t) {
+        for (int64_t t = block.first; t < full; ++t) {
           const MoeTile& tile = moe.tiles[t];
           moe_product<T>(hidden + tile.at * pitch + k0 * tile.lanes, tile.lanes, tile.lanes, w, n,
                          run, sums + (t - block.first) * tile_sums, tile.lanes, k0 > 0);
         }
       }
-      for (int64_t t = block.first; units > 0 && t < block.last; ++t)
+      for (int64_t t = block.first; units > 0 && t < full; ++t)
         scatter(moe, moe.tiles[t], sums + (t - block.first) * tile_sums, n, true, y + c0);
+      if (few) {
+        dots_of_lines<T>(hidden + tail.at * pitch, tail.rows, pitch,
+                         moe.down.at(block.expert, 0, 0), moe.down.row_stride, c0, c0 + n, width,
+                         sums);
+        for (int64_t i = 0; i < tail.rows; ++i)
+          add_run(sums + i * kMoeChunk, moe.gate[tail.row + i], n,
+                  y + moe.token[tail.row + i] * moe.d + c0);
+      }
     }
   }
 }
@@ -769,14 +895,9 @@ void grad_activation(const Moe<T>& moe, const MoeTile& tile, int64_t c0, int64_t
   with_activation(moe.activation, [&](auto act) WS_INLINE {
     for (int64_t j = 0; j < n; ++j) {
       const int64_t at = j * lanes;
-      for (int64_t i = 0; i < lanes; ++i) {
-        const Active<act.value, S> active(gate[at + i], up[at + i]);
-        const S scaled = weight[i] * across[at + i];
-        total[i] += across[at + i] * active.value;
-        by_gate[at + i] = scaled * active.by_gate;
-        by_up[at + i] = scaled * active.by_up;
-        gated[at + i] = weight[i] * active.value;
-      }
+      grad_run<act.value, S>({across + at, gate + at, up + at, weight, total, by_gate + at,
+                              by_up + at, gated + at},
+                             lanes);
     }
   });
   std::copy_n(total, tile.rows, to.gates + c0 / kMoeChunk * to.rows + tile.row);
@@ -785,24 +906,22 @@ void grad_activation(const Moe<T>& moe, const MoeTile& tile, int64_t c0, int64_t
     Unit<T>* out = static_cast<Unit<T>*>(to.dh) + (tile.at * parts + part * lanes) * depth + c0 / kPer<T> * lanes;
     if constexpr (kInPairs<T>) {
       T* plain = to.dh_rows + (tile.at * parts + part * lanes) * moe.width + c0 * lanes;
-      for (int64_t j = 0; j < n * lanes; ++j) plain[j] = narrow<T>(from[j]);
-      for (int64_t j = 0; j < n; j += 2, out += lanes) {
-        const T *low = plain + j * lanes, *high = low + lanes;
-        for (int64_t i = 0; i < lanes; ++i) out[i] = j + 1 < n ? pair_of(low[i], high[i]) : low[i].bits;
-      }
+      narrow_run(from, n * lanes, plain);
+      const T none[MoeShape<S>::kRows] = {};
+      for (int64_t j = 0; j < n; j += 2, out += lanes)
+        pair_run(plain + j * lanes, j + 1 < n ? plain + (j + 1) * lanes : none, lanes, out);
     } else {
       std::copy_n(from, n * lanes, out);
     }
   }
-  Unit<T>* units = static_cast<Unit<T>*>(to.gated) + tile.at / kPer<T> * to.pitch;
-  each_row(gated, lanes, n, lanes, [&](int64_t i, int64_t j, const S* values, int64_t count) WS_INLINE {
-    if constexpr (kInPairs<T>) {
-      T* halves = reinterpret_cast<T*>(units + i / 2 * to.pitch + c0 + j) + i % 2;
-      for (int64_t c = 0; c < count; ++c) halves[2 * c] = narrow<T>(values[c]);
-    } else {
-      std::copy_n(values, count, units + i * to.pitch + c0 + j);
-    }
-  });
+  // Pairs of lanes are as good as floats where they are only moved.
+  const int64_t pairs = lanes / kPer<T>;
+  if constexpr (kInPairs<T>) narrow_run(gated, n * lanes, reinterpret_cast<T*>(by_gate));
+  Unit<T>* units = static_cast<Unit<T>*>(to.gated) + tile.at / kPer<T> * to.pitch + c0;
+  each_row(kInPairs<T> ? by_gate : gated, pairs, n, pairs,
+           [&](int64_t i, int64_t j, const S* values, int64_t count) WS_INLINE {
+             std::memcpy(units + i * to.pitch + j, values, count * sizeof(S));
+           });
 }
 
 // The gradient of the hidden units and all that follows from it row by row.
@@ -916,14 +1035,14 @@ void moe_outer(const MoeOuter<T, R>& o, int64_t tiles, int64_t lines, int64_t n,
                const At& place) {
   using S = Sum<T>;
   using G = MoeShape<S>;
-  constexpr int64_t kLines = 12, kRows = G::kRows;
+  constexpr int64_t kLines = 24, kRows = G::kRows;
   alignas(64) S sums[kLines * kRows];
   for (int64_t j = 0; j < lines; j += kLines) {
     const int64_t m = std::min(kLines, lines - j);
     for (int64_t c = 0; c < n; c += kRows) {
       const int64_t here = std::min(kRows, n - c);
       const int64_t lanes = (here + G::kGrain - 1) / G::kGrain * G::kGrain;
-      const bool direct = std::is_same_v<R, S> && o.col_stride == 1 && lanes == here;
+      const bool direct = std::is_same_v<R, S> && o.col_stride == 1 && lanes == here && o.add;
       S* to = direct ? reinterpret_cast<S*>(o.to + j * o.row_stride + c) : sums;
       for (int64_t t = 0; t < tiles; ++t) {
         const auto [start, units] = place(t);
@@ -933,6 +1052,10 @@ void moe_outer(const MoeOuter<T, R>& o, int64_t tiles, int64_t lines, int64_t n,
       if (direct) continue;
       for (int64_t r = 0; r < m; ++r) {
         R* row = o.to + (j + r) * o.row_stride + c * o.col_stride;
+        if (o.col_stride == 1 && !o.add) {
+          write_run(sums + r * kRows, here, row);
+          continue;
+        }
         for (int64_t i = 0; i < here; ++i) {
           R& cell = row[i * o.col_stride];
           cell = narrow<R>(sums[r * kRows + i] + (o.add ? widen(cell) : S{}));

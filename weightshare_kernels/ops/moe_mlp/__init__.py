@@ -209,10 +209,12 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 class _MoEMLP(Function):
     """Autograd of :func:`moe_mlp`; saves x, h, the weights and the small tables."""
 
+    # Every parameter has a name: without gradients, Dynamo passes a context along with *arguments.
     @staticmethod
     def forward(
-        x, gate_up, down, gates, offsets, permutation, inverse, widths, width, activation, *_
-    ):
+        x, gate_up, down, gates, offsets, permutation, inverse, widths, width, activation,
+        gate_up_collector, down_collector,
+    ):  # fmt: skip
         tables = offsets, permutation, inverse
         return _compute(x, gate_up, down, gates, *tables, widths, width, activation, True)
 
@@ -245,13 +247,12 @@ class _MoEMLP(Function):
             *[buffer for buffer, _ in opened], grad, x, *weights, h, gates, *tables, widths,
             *ctx.settings, *[add for _, add in opened], ctx.needs_input_grad[0],
         )  # fmt: skip
-        held = [buffer if c is None else None for c, (buffer, _) in zip(ctx.collectors, opened)]
-        missing = [buffer is None for buffer, _ in opened]
-        del opened  # autograd takes a gradient over as it is only from its sole owner
-        dw = [
-            held[n] if c is None else None if missing[n] else c.close(ctx.weights[n].dtype)
-            for n, c in enumerate(ctx.collectors)
-        ]
+        dw = []
+        for number, collector in enumerate(ctx.collectors):
+            dw.append(opened.pop(0)[0])
+            if collector is not None and dw[-1] is not None:
+                dw[-1] = None  # autograd takes a gradient over as it is only from its sole owner
+                dw[-1] = collector.close(ctx.weights[number].dtype)
         dx = dx if ctx.needs_input_grad[0] else None
         return dx, *dw, dgates if ctx.needs_input_grad[3] else None, *none
 

@@ -29,9 +29,7 @@ def define(
         width, widths = max(width), torch.tensor(width, device=x.device)
     tables = routing.offsets, routing.permutation
     width = down.shape[2] if width is None else width
-    return reference.define(
-        x, gate_up, down, routing.gates, *tables, widths, width, activation
-    )[0]
+    return reference.define(x, gate_up, down, routing.gates, *tables, widths, width, activation)[0]
 
 
 def spread(m: Maker, tokens: int, k: int, experts: int) -> Tensor:

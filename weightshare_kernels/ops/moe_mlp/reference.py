@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -39,12 +41,11 @@ def define(x, gate_up, down, gates, offsets, permutation, widths, width, activat
     y = torch.zeros(x.shape, dtype=kind, device=x.device)
     hidden = [x.new_empty(0, width * (2 if GATED[activation] else 1))]
     each = widths_of(widths, width, gate_up.shape[0])
-    for expert, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         pairs, used = permutation[start:stop], each[expert]
         tokens = pairs // k
         parts = [
-            x[tokens] @ rows.to(x.dtype).t()
-            for rows in up_rows(gate_up[expert], activation, used)
+            x[tokens] @ rows.to(x.dtype).t() for rows in up_rows(gate_up[expert], activation, used)
         ]
         out = activate(torch.cat(parts, -1), activation) @ down[expert][:, :used].to(x.dtype).t()
         y = y.index_add(0, tokens, gates.flatten()[pairs, None].to(kind) * out.to(kind))
@@ -102,7 +103,7 @@ def backward_(
     for buffer, add in ((gate_up_buffer, add_gate_up), (down_buffer, add_down)):
         if buffer is not None and not add:
             buffer.zero_()
-    for expert, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         pairs, used = permutation[start:stop], each[expert]
         tokens, gate = pairs // k, gates.flatten()[permutation[start:stop], None].to(kind)
         g = grad[tokens]
