@@ -233,7 +233,9 @@ def test_build_without_a_working_compiler(checkout, compiler):
     assert result.returncode != 0 and "weightshare-kernels: no " in result.stderr
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/supernets.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/tutorial.md", "docs/supernets.md", "docs/moe.md"]
+)
 def test_documented_code_runs(page):
     """The Python blocks of a page run in order as one script."""
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
