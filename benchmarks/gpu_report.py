@@ -53,9 +53,9 @@ def triton_rows() -> list[dict]:
     rows = []
     for dtype in H100_FLOPS:
         for example in _gpu_code.examples(dtype):
-            for number, launch in enumerate(_gpu_code.record(example.call)):
-                tile = launch.tile
-                for target in _gpu_code.TARGETS.values():
+            for target in _gpu_code.TARGETS.values():
+                for number, launch in enumerate(_gpu_code.record(example.call, target)):
+                    tile = launch.tile
                     row = {
                         "launch": example.name,
                         "kernel": launch.name.strip("_"),

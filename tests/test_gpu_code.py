@@ -26,7 +26,7 @@ CASES = [
 
 @pytest.mark.parametrize(("example", "dtype", "target"), CASES)
 def test_triton_kernel(example, dtype, target):
-    launches = _gpu_code.record(example.call)
+    launches = _gpu_code.record(example.call, target)
     assert launches, "the example launched no kernel"
     for launch in launches:
         binary = _gpu_code.compile_for(launch, target)

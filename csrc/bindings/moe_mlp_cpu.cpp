@@ -157,8 +157,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& gate_up, const
   const int64_t parts = activation_of(activation) == Activation::swiglu ? 2 : 1;
   const Tensor y = with_last(x, x.size(1));
   const int64_t sizes[2] = {save ? permutation.size(0) : 0, save ? parts * width : 0};
-  const Tensor h = save ? torch::stable::new_empty(x, {sizes[0], sizes[1]})
-                        : torch::stable::new_empty(x, {0});
+  const Tensor h =
+      save ? torch::stable::new_empty(x, {sizes[0], sizes[1]}) : torch::stable::new_empty(x, {0});
   advise_huge(h.mutable_data_ptr(), h.numel() * h.element_size());
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -235,7 +235,7 @@ void backward_of(const Problem<T>& p, const MaybeTensor& gate_up_buffer,
   const Kept dh_rows(sizeof(T) < sizeof(S) ? m.lanes * m.parts() * m.width * sizeof(T) : 0);
   const Kept gated((m.lanes * pitch + 64) * sizeof(S));
   const Kept gates(moe_chunks(m.width) * p.rows * sizeof(S));
-  const MoeGradHidden<T> to{dh.as<void>(),  dh_rows.as<T>(), gated.as<void>(),
+  const MoeGradHidden<T> to{dh.as<void>(), dh_rows.as<T>(), gated.as<void>(),
                             gates.as<S>(), p.rows,          pitch};
   const T* dy = pointer<T>(grad);
   const double work = static_cast<double>(p.rows) * m.d * m.width;
@@ -251,16 +251,16 @@ void backward_of(const Problem<T>& p, const MaybeTensor& gate_up_buffer,
   weight_gradients(p, gate_up_buffer, down_buffer, add_gate_up, add_down, dy, grad.stride(0), to);
 }
 
-std::tuple<Tensor, Tensor> backward_(
-    const MaybeTensor& gate_up_buffer, const MaybeTensor& down_buffer, const Tensor& grad,
-    const Tensor& x, const Tensor& gate_up, const Tensor& down, const Tensor& h,
-    const Tensor& gates, const Tensor& offsets, const Tensor& permutation, const Tensor& inverse,
-    const MaybeTensor& widths, int64_t width, StringHandle name, bool add_gate_up, bool add_down,
-    bool wants_x) {
+std::tuple<Tensor, Tensor> backward_(const MaybeTensor& gate_up_buffer,
+                                     const MaybeTensor& down_buffer, const Tensor& grad,
+                                     const Tensor& x, const Tensor& gate_up, const Tensor& down,
+                                     const Tensor& h, const Tensor& gates, const Tensor& offsets,
+                                     const Tensor& permutation, const Tensor& inverse,
+                                     const MaybeTensor& widths, int64_t width, StringHandle name,
+                                     bool add_gate_up, bool add_down, bool wants_x) {
   const std::string activation = text_of(name);
   const Tensor dy = rows_as_they_lie(grad), saved = torch::stable::contiguous(h);
-  const Tensor dx =
-      wants_x ? with_last(x, x.size(1)) : torch::stable::new_empty(x, {0});
+  const Tensor dx = wants_x ? with_last(x, x.size(1)) : torch::stable::new_empty(x, {0});
   const Tensor dgates = with_last(gates, gates.size(1));
   dispatch(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);

@@ -148,12 +148,12 @@ inline bool multiplies_pairs() {
 
 // The same for kernels on T that multiply bfloat16 in pairs where they can.
 #if defined(__x86_64__)
-#define WS_CHOSEN_PAIRS(T, ...)                                                      \
-  ([] {                                                                              \
-    if constexpr (std::is_same_v<T, ::weightshare::bfloat16>) {                      \
+#define WS_CHOSEN_PAIRS(T, ...)                                                              \
+  ([] {                                                                                      \
+    if constexpr (std::is_same_v<T, ::weightshare::bfloat16>) {                              \
       if (::weightshare::multiplies_pairs()) return &::weightshare::avx512bf16::__VA_ARGS__; \
-    }                                                                                \
-    return WS_CHOSEN(__VA_ARGS__);                                                   \
+    }                                                                                        \
+    return WS_CHOSEN(__VA_ARGS__);                                                           \
   }())
 #else
 #define WS_CHOSEN_PAIRS(T, ...) WS_CHOSEN(__VA_ARGS__)

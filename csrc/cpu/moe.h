@@ -54,17 +54,17 @@ struct Moe {
   using S = Sum<T>;
   int64_t tokens, d, f, experts, width;
   Activation activation;
-  bool few;                           // few rows may meet a weight by dot products
-  const int64_t* token;               // of each row
-  const S* gate;                      // of each row
-  const int64_t* widths;              // of each expert
-  const T* x;                         // [tokens, d]
-  int64_t x_stride;                   // from row to row
+  bool few;               // few rows may meet a weight by dot products
+  const int64_t* token;   // of each row
+  const S* gate;          // of each row
+  const int64_t* widths;  // of each expert
+  const T* x;             // [tokens, d]
+  int64_t x_stride;       // from row to row
   Stack<const T> gate_up, down;
   std::vector<MoeTile> tiles;
-  std::vector<int64_t> first_tile;    // of each expert, and the end
+  std::vector<int64_t> first_tile;  // of each expert, and the end
   std::vector<MoeBlock> blocks;
-  int64_t lanes;                      // of all tiles
+  int64_t lanes;  // of all tiles
 
   int64_t parts() const { return activation == Activation::swiglu ? 2 : 1; }
 };
@@ -136,9 +136,7 @@ void each_gradient_row(const Moe<T>& moe, int64_t part, int64_t parts, const aut
       const double each = cost(e, which);
       auto cut = [&](double at) {
         const double row = (at - before) / each;
-        return row <= 0             ? int64_t{0}
-               : row >= rows[which] ? rows[which]
-                                    : static_cast<int64_t>(row);
+        return row <= 0 ? int64_t{0} : row >= rows[which] ? rows[which] : static_cast<int64_t>(row);
       };
       const int64_t r0 = cut(low), r1 = part + 1 == parts ? rows[which] : cut(high);
       if (r0 < r1) body(e, which, r0, r1);

@@ -88,11 +88,11 @@ def moe_mlp(
     prefixes of experts as in MatFormer (Devvrit et al., 2024).
     """
     _check(x, gate_up, down, routing, activation)
-    width, widths = _widths(width, down)
+    most, widths = _widths(width, down)
     gates, tables = routing.gates, (routing.offsets, routing.permutation, routing.inverse)
     x = _checks.autocast(x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    arguments = (rows, gate_up, down, gates, *tables, widths, width, activation)
+    arguments = (rows, gate_up, down, gates, *tables, widths, most, activation)
     if not _collect.plain():
         y = _MoEMLP.apply(*arguments, None, None)[0]
     elif torch.is_grad_enabled() and any(t.requires_grad for t in arguments[:4]):
@@ -160,7 +160,7 @@ def _check_routing(routing, x: Tensor, experts: int) -> None:
             )
 
 
-def _widths(width, down: Tensor) -> tuple[int, Tensor | None]:
+def _widths(width, down: Tensor) -> tuple[int | torch.SymInt, Tensor | None]:
     """The largest width and, where experts differ, a tensor of all of them."""
     experts, _, f = down.shape
     if width is None:
@@ -273,11 +273,14 @@ def _open(ctx, number: int) -> tuple[Tensor | None, bool]:
     return collector.open(weight, accumulator)
 
 
-def _differentiable_gradients(ctx, grad, *tensors):
+def _differentiable_gradients(ctx, grad, x, gate_up, down, gates):
     """Gradients in terms of differentiable PyTorch, for double backward."""
     offsets, permutation, _, widths, _ = ctx.saved_tensors[4:]
+    width, activation = ctx.settings
+    tables = offsets, permutation, widths
+    tensors = x, gate_up, down, gates
     wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
     with torch.enable_grad():
-        y, _ = reference.define(*tensors, offsets, permutation, widths, *ctx.settings)
+        y, _ = reference.define(x, gate_up, down, gates, *tables, width, activation)
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]

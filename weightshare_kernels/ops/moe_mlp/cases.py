@@ -57,14 +57,14 @@ def _inputs(tokens, d, f, experts, k, draw=spread, padded=0, **settings):
         chosen = draw(m, tokens, k, experts).to(m.device)
         gates = torch.rand(tokens, k, generator=m.generator, dtype=torch.float64)
         kind = torch.float64 if m.dtype == torch.float64 else torch.float32
-        mask = torch.arange(tokens) % 3 == 1 if padded else None
+        mask = (torch.arange(tokens) % 3 == 1).to(m.device)
         return {
             "x": m.randn(tokens, d),
             "gate_up": m.randn(experts, blocks * f, d, scale=max(d, 1) ** -0.5),
             "down": m.randn(experts, d, f, scale=max(f, 1) ** -0.5),
             "gates": gates.to(m.device, kind).requires_grad_(m.grad),
             "experts": chosen,
-            **({"padding": mask.to(m.device)} if padded else {}),
+            **({"padding": mask} if padded else {}),
             **settings,
         }
 
@@ -174,7 +174,7 @@ def _bench(name, shape, bars, draw=spread, baselines=BASELINES, **settings) -> C
     touched = min(experts, tokens * k)
     return Case(
         name,
-        _inputs(*shape, draw, **settings),
+        _inputs(tokens, d, f, experts, k, draw, **settings),
         call,
         define,
         baselines,
