@@ -75,9 +75,11 @@ def test_attached_to_an_optimizer():
         balancer.attach(torch.optim.SGD(model.parameters(), 0.1))
 
 
-def test_a_step_that_the_scaler_skips_is_none():
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_scaler_skips_is_none(fused):
+    """The scaler calls a fused optimizer in any case, which finds out on the device."""
     model = Net(Ours())
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, fused=fused)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     balancer = LoadBalancer(model).attach(optimizer)
     for factor in (float("inf"), 1.0):

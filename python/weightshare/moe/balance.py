@@ -95,10 +95,15 @@ class LoadBalancer:
         self._attached: Any = None
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, skipped: Tensor | None = None) -> None:
         """Update all biases from what was counted since the last step; once per optimizer step.
 
         One all-reduce and one update serve all layers. Nothing is read back from a GPU.
+
+        Args:
+            skipped: without dimensions; nonzero if the optimizer left the weights as they are, so
+                that this is no step: the biases stay, too, and the counts wait for the next one.
+                Only what a function ``rate`` is called with goes on.
 
         Raises:
             RuntimeError: if nothing was counted since the last step (on a GPU this is seen only
@@ -115,24 +120,29 @@ class LoadBalancer:
         counts = sum_over(counts, group)
         self._require_new(counts, group)
         self._steps += 1
-        self._number += 1
+        taken = torch.ones_like(self._number) if skipped is None else skipped.to(counts.device) == 0
+        self._number += taken
         if rate is not None:
-            self._update(biases, counts, rate)
-        self._last.copy_(counts)
-        self._all += counts
-        torch._foreach_zero_([layer.counts for layer in self._layers])
+            self._update(biases, counts, rate, taken.bool())
+        self._last.copy_(torch.where(taken.bool(), counts, self._last))
+        self._all += counts * taken
+        for layer in self._layers:
+            layer.counts.mul_(taken.logical_not())
 
     def attach(self, optimizer: torch.optim.Optimizer) -> LoadBalancer:
         """Call :meth:`step` after each step of the optimizer; returns the balancer.
 
-        Of several optimizers, attach the one that steps last.
+        Of several optimizers, attach the one that steps last. A ``GradScaler`` leaves the question
+        whether to skip a step to fused optimizers: they are asked, on the device.
         """
         if self._attached is not None:
             raise RuntimeError(
                 "balancer: is attached to an optimizer already, and one step of the bias belongs "
                 "to one step of training; attach it to the optimizer that steps last"
             )
-        self._attached = optimizer.register_step_post_hook(lambda *_: self.step())
+        self._attached = optimizer.register_step_post_hook(
+            lambda stepped, *_: self.step(getattr(stepped, "found_inf", None))
+        )
         return self
 
     @contextmanager
@@ -216,23 +226,26 @@ class LoadBalancer:
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def _update(self, biases: list[Tensor | None], counts: Tensor, rate: float | Tensor) -> None:
-        """One update for each number of experts, of all layers that have it."""
+    def _update(
+        self, biases: list[Tensor | None], counts: Tensor, rate: float | Tensor, taken: Tensor
+    ) -> None:
+        """One update for each number of experts, of all layers that have it, if it is taken."""
         rows = list(zip(self._layers, biases, counts.split(self._sizes), strict=True))
         for size in sorted(set(self._sizes)):
             group = [row for row in rows if len(row[2]) == size and row[1] is not None]
             if not group:
                 continue
             layers, old, parts = zip(*group, strict=True)
-            new = torch.stack([bias.to(counts.device) for bias in old])
-            update_balance_bias_(
-                new,
+            before = torch.stack([bias.to(counts.device) for bias in old])
+            new = update_balance_bias_(
+                before.clone(),
                 torch.stack(parts),
                 rule=self.rule,
                 rate=rate,
                 step=self._number,
                 recentre=self.recentre,
             )
+            new = torch.where(taken, new, before)
             torch._foreach_copy_(old, list(new.unbind()))
             for layer, kept in zip(layers, new.unbind(), strict=True):
                 layer.kept = kept
