@@ -183,10 +183,11 @@ def test_width_is_cut_out_of_the_export(kind, width):
 def test_widths_follow_the_weights():
     experts = Experts(E, D, F_).set_active(list(range(E)))
     assert experts.half().width.dtype == torch.int64 and experts.width.tolist() == list(range(E))
-    assert experts.to("meta").width.is_meta and not experts.state_dict().keys() - {
-        "gate_up",
-        "down",
-    }
+    assert not experts.state_dict().keys() - {"gate_up", "down"}
+    early = Experts(E, D, F_, device="meta").set_active(list(range(E)))  # before the weights
+    for module in (experts.to("meta"), experts, early):
+        module.to_empty(device="cpu")
+        assert module.width.tolist() == list(range(E))
 
 
 def test_unused_part_has_zero_gradient():
@@ -389,6 +390,23 @@ def test_meta_device_then_reset():
             module.reset_parameters()
     assert not moe.router.balance_bias.any() and not moe.router.expert_counts.any()
     assert moe(tokens(2, 3)).isfinite().all()
+
+
+def test_meta_device_then_checkpoint():
+    """Counts are in no checkpoint: memory as it comes must not pass for tokens."""
+    saved = make()
+    with torch.device("meta"):
+        moe = MoE(D, F_, E, K)
+    moe(torch.empty(3, D, device="meta"))
+    # Fresh memory is likely to be what was freed just before.
+    for _ in range(20):
+        torch.full((E,), 99, dtype=torch.int64)
+    moe.to_empty(device="cpu").load_state_dict(saved.state_dict())
+    assert not moe.router.expert_counts.any()
+    moe(tokens(3))
+    assert moe.router.expert_counts.sum() == 3 * K
+    moe.to_empty(device="cpu")
+    assert moe.router.expert_counts.sum() == 3 * K
 
 
 def test_first_weights():

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from weightshare.moe import plain
-from weightshare.moe.router import check_sizes
+from weightshare.moe.router import check_sizes, moved
 from weightshare.nn.elastic import Axis, total
 from weightshare.sizes import Blocks, Interleaved, Size
 from weightshare_kernels import Routing, moe_mlp
@@ -96,8 +96,10 @@ class Experts(nn.Module):
         if width is None or isinstance(width, int):
             experts._active = width
         else:
-            # One tensor where the weights are, so that no forward pass copies it there.
-            tensor = torch.as_tensor(width, dtype=torch.int64, device=experts.down.device)
+            # One tensor where the weights are, so that no forward pass copies it there; weights
+            # without values (meta) are yet to come there.
+            device = "cpu" if experts.down.is_meta else experts.down.device
+            tensor = torch.as_tensor(width, dtype=torch.int64, device=device)
             experts._active = tensor.clone()
         return self
 
@@ -144,7 +146,7 @@ class Experts(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True):
         super()._apply(fn, recurse)
         if isinstance(self._active, Tensor):
-            self._active = fn(self._active)
+            self._active = moved(self._active, fn)
         return self
 
     def extra_repr(self) -> str:

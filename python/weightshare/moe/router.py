@@ -129,7 +129,7 @@ class Router(nn.Module):
     def _apply(self, fn: Callable, recurse: bool = True):
         bias = self.balance_bias
         super()._apply(fn, recurse)
-        self.expert_counts = fn(self.expert_counts)
+        self.expert_counts = moved(self.expert_counts, fn)
         self._keep_float32(bias)
         return self
 
@@ -150,6 +150,17 @@ class Router(nn.Module):
             text += f", groups={self.groups}, topk_groups={self.topk_groups}"
             text += f", group_score={self.group_score!r}"
         return f"{text}, normalize={self.normalize}, scale={self.scale}"
+
+
+def moved(tensor: Tensor, fn: Callable) -> Tensor:
+    """What ``Module._apply`` does to a tensor that no checkpoint holds, its values kept.
+
+    ``to_empty`` leaves the filling of new memory to a checkpoint, which would not come.
+    """
+    new = fn(tensor)
+    if new.is_meta:
+        return tensor
+    return torch.zeros_like(new) if tensor.is_meta else new.copy_(tensor)
 
 
 def _exact(device: str):
