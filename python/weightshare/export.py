@@ -76,7 +76,7 @@ def move_hooks(old: nn.Module, new: nn.Module) -> None:
 
 
 def is_elastic(module: nn.Module) -> bool:
-    """Whether a module exports itself: one of ``weightshare.nn`` or ``weightshare.moe``, or a subclass of such."""
+    """Whether a module exports itself: one of ``weightshare.nn``, ``.moe``, or a subclass."""
     return not is_bound(module) and any(
         "export" in vars(kind) and kind.__module__.startswith(("weightshare.nn", "weightshare.moe"))
         for kind in type(module).__mro__
