@@ -242,7 +242,7 @@ class LoadBalancer:
                 torch.stack(parts),
                 rule=self.rule,
                 rate=rate,
-                step=self._number,
+                step=self._number.clamp(min=1),  # 0 where the first step is skipped
                 recentre=self.recentre,
             )
             new = torch.where(taken, new, before)
