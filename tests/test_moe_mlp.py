@@ -271,6 +271,23 @@ def test_autocast_keeps_the_weights_gradients_dtype():
         assert (a - b).abs().max() < 0.05 * b.abs().max()
 
 
+def test_function_transforms():
+    """vmap over tokens, and per-sample gradients of a weight."""
+    _, gate_up, down, routing, _ = problem()
+    weights = [gate_up.detach(), down.detach()]
+    routing = routing._replace(gates=routing.gates.detach())
+    x = torch.randn(3, 20, 16, dtype=torch.float64, device=DEVICE)
+
+    def loss(gate_up, x):
+        return moe_mlp(x, gate_up, weights[1], routing).sin().sum()
+
+    layer = torch.func.vmap(lambda x: moe_mlp(x, *weights, routing))
+    torch.testing.assert_close(layer(x), torch.stack([moe_mlp(a, *weights, routing) for a in x]))
+    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(weights[0], x)
+    for sample, grad in zip(x, grads, strict=True):
+        torch.testing.assert_close(grad, torch.func.grad(loss)(weights[0], sample))
+
+
 def test_leading_dimensions():
     x, gate_up, down, routing, _ = problem()
     y = moe_mlp(x.view(4, 5, 16), gate_up, down, routing)

@@ -209,6 +209,8 @@ def _cast(weight: Tensor, dtype: torch.dtype) -> Tensor:
 class _MoEMLP(Function):
     """Autograd of :func:`moe_mlp`; saves x, h, the weights and the small tables."""
 
+    generate_vmap_rule = True
+
     # Every parameter has a name: without gradients, Dynamo passes a context along with *arguments.
     @staticmethod
     def forward(
