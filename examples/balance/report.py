@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 
 from balance.model import LOSSES, METHODS, RULES
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
+from scipy import stats
 
 # The palette of Okabe and Ito, which the colour-blind can tell apart, and strokes to help it.
 STYLES = {
@@ -78,36 +79,45 @@ def table(result: dict) -> Table:
 
 
 def verdict(changes: list[float]) -> str:
-    """Whether differences of the same seeds agree in sign."""
-    each = ", ".join(f"{change:+.4f}" for change in changes)
+    """Mean of differences of the same seeds with its 95 % interval, by Student's t."""
     if len(changes) < 2:
-        return f"{each} (one seed: proves nothing)"
-    same = "all seeds agree" if min(changes) * max(changes) > 0 else "the seeds disagree"
-    return f"{mean(changes):+.4f} ({each}; {same})"
+        return f"{changes[0]:+.4f} (one seed: proves nothing)"
+    half = float(stats.t.ppf(0.975, len(changes) - 1)) * stdev(changes) / len(changes) ** 0.5
+    told = "" if abs(mean(changes)) > half else ", which these seeds cannot tell from 0"
+    return f"{mean(changes):+.4f} ± {half:.4f}{told}"
 
 
 def summary(result: dict) -> list[str]:
     """Findings as sentences."""
-    rules = ", ".join(f"{name} {average(result, name, 'code', 1):.2f}" for name in METHODS)
+    violation = {name: average(result, name, "code", 1) for name in METHODS}
+    others = ", ".join(f"{violation[name]:.2f}" for name in LOSSES)
     lines = [
-        f"MaxVio over unseen code: {rules}.",
-        f"Settled MaxVio of sign: {average(result, 'sign', 'settled', 0):.3f}, "
-        f"of single batches {tail(result, 'sign', 0):.2f}: what is left there is the batch.",
+        "MaxVio on unseen code: " + ", ".join(f"{n} {v:.2f}" for n, v in violation.items()) + ".",
+        "Published, 1B parameters: MaxVio 0.04 by sign and 0.72 by loss, perplexity 9.50 and 9.56, "
+        f"0.009 bits a token. MaxVio here: {violation['sign']:.2f} and {others}.",
+        f"MaxVio of the last training batches by sign: {tail(result, 'sign', 0):.2f} each, "
+        f"{average(result, 'sign', 'settled', 0):.3f} of all their tokens together.",
     ]
-    for other in (*LOSSES, "none"):
-        for part in ("code", "prose"):
-            change = verdict(against(result, "sign", other, part))
-            lines.append(f"Bits per byte of {part}, sign minus {other}: {change}.")
+    pairs = [(name, "none", "code") for name in METHODS[:-1]]
+    pairs += [(name, "loss 0.01", part) for name in RULES for part in ("code", "prose")]
+    for name, other, part in pairs:
+        change = verdict(against(result, name, other, part))
+        lines.append(f"Bits per byte of {part}, {name} minus {other}: {change}.")
     drift = ", ".join(
         f"{name} {average(result, name, 'switch', 1):.2f} -> {tail(result, name, 1):.2f}"
         for name in METHODS
     )
     lines.append(f"Drift, MaxVio right at the switch -> of batches at the end: {drift}.")
-    point = result["fixed_point"]
+    return lines + theory_summary(result)
+
+
+def theory_summary(result: dict) -> list[str]:
+    """Findings beside the linear program."""
     gaps = ", ".join(
-        f"{name} {row['gap']:.1e} (b: {row['distance']:.1e})" for name, row in point["last"].items()
+        f"{name} {row['gap']:.1e} (b: {row['distance']:.1e})"
+        for name, row in result["fixed_point"]["last"].items()
     )
-    lines.append(f"Gap to the program's optimum, share of that of b = 0: {gaps}.")
+    lines = [f"Gap to the program's optimum, share of that of b = 0: {gaps}."]
     for name in RULES:
         rows = of(result, name)[0]["duals"]
         gap, noise, near, floor, alike = (
@@ -159,15 +169,13 @@ def draw(panel, x, y, method: str, **more) -> None:
     panel.plot(x, y, color=colour, linestyle=stroke, linewidth=1.8, label=method, **more)
 
 
-def switch_line(panel, result: dict, text: bool = True) -> None:
+def switch_line(panel, result: dict, height: float) -> None:
     where = result["settings"]["steps"]
     panel.axvline(where, color="#777777", linewidth=1)
-    if text:
-        panel.annotate(
-            "code | prose", (where, 1), xycoords=("data", "axes fraction"), xytext=(0, -12),
-            textcoords="offset points", ha="center", fontsize=8, color="#555555",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
-        )  # fmt: skip
+    panel.annotate(
+        "code | prose", (where, height), xycoords=("data", "axes fraction"), ha="center",
+        fontsize=9, color="#444444", bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
 
 
 def balance_panel(panel, result: dict) -> None:
@@ -180,21 +188,35 @@ def balance_panel(panel, result: dict) -> None:
         title="Imbalance of training batches",
     )  # fmt: skip
     decades(panel.yaxis)
-    switch_line(panel, result)
+    switch_line(panel, result, 0.94)
 
 
 def loss_panel(panel, result: dict) -> None:
-    late = 0.0
+    """Differences: the curves themselves lie on one another."""
+
+    def bits(run: dict) -> list[float]:
+        return [test[1] for test in run["tests"]]
+
+    base = of(result, "none")
+    steps = [test[0] for test in base[0]["tests"]]
     for method in METHODS:
-        tests = [list(zip(*run["tests"], strict=True)) for run in of(result, method)]
-        bits = [mean(values) for values in zip(*(test[1] for test in tests), strict=True)]
-        draw(panel, tests[0][0], bits, method)
-        late = max(late, *bits[1:])
+        more = [
+            [a - b for a, b in zip(bits(run), bits(none), strict=True)]
+            for run, none in zip(of(result, method), base, strict=True)
+        ]
+        draw(panel, steps, [mean(values) for values in zip(*more, strict=True)], method)
+    levels = [mean(values) for values in zip(*map(bits, base), strict=True)]
+    for number in range(1, len(steps), max(len(steps) // 4, 1)):
+        panel.annotate(
+            f"{levels[number]:.2f}", (steps[number], 0), xytext=(0, 4), ha="center", fontsize=9,
+            textcoords="offset points",
+        )  # fmt: skip
     panel.set(
-        xlabel="step", ylabel="bits per byte", ylim=(None, late * 1.02),
-        title="Loss on unseen files of the text trained on",
+        xlabel="step", ylabel="bits per byte more than none",
+        title="Loss on unseen files (numbers: that of none)",
     )  # fmt: skip
-    switch_line(panel, result)
+    panel.margins(y=0.12)
+    switch_line(panel, result, 0.03)
 
 
 def trade_panel(panel, result: dict) -> None:

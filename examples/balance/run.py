@@ -6,7 +6,7 @@ rules, by an auxiliary loss of two strengths, and not at all: same first weights
 the bias settles on is then compared with the dual of an assignment problem, solved by a linear
 program. ::
 
-    python examples/balance/run.py           # about 8 minutes on two cores
+    python examples/balance/run.py           # about 9 minutes on two cores
     python examples/balance/run.py --quick   # seconds: shows the steps, proves nothing
 """
 
@@ -108,7 +108,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help=f"windows of {model.CONTEXT} bytes")
     parser.add_argument("--lr", type=float, default=3e-3, help="highest learning rate")
     parser.add_argument("--valid", type=int, default=1024, help="windows of a final test")
-    # A prime: experts cannot all get their share in whole tokens, and so the duals are unique.
+    # A prime: no expert's share is a whole number of tokens, so that few duals are not unique.
     parser.add_argument("--tokens", type=int, default=509, help="of the assignment problem")
     parser.add_argument("--iterations", type=int, default=5000, help="to the fixed point")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
