@@ -182,7 +182,9 @@ def test_width_is_cut_out_of_the_export(kind, width):
 
 def test_widths_follow_the_weights():
     experts = Experts(E, D, F_).set_active(list(range(E)))
-    assert experts.half().width.dtype == torch.int64 and experts.width.tolist() == list(range(E))
+    for module in (experts.half(), experts.type(torch.bfloat16)):
+        assert module.width.dtype == torch.int64 and module.width.tolist() == list(range(E))
+    assert Router(D, E, K).type(torch.float16).expert_counts.dtype == torch.int64
     assert not experts.state_dict().keys() - {"gate_up", "down"}
     early = Experts(E, D, F_, device="meta").set_active(list(range(E)))  # before the weights
     for module in (experts.to("meta"), experts, early):

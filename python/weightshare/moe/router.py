@@ -153,11 +153,12 @@ class Router(nn.Module):
 
 
 def moved(tensor: Tensor, fn: Callable) -> Tensor:
-    """What ``Module._apply`` does to a tensor that no checkpoint holds, its values kept.
+    """What ``Module._apply`` does to integers that no checkpoint holds, dtype and values kept.
 
-    ``to_empty`` leaves the filling of new memory to a checkpoint, which would not come.
+    ``to_empty`` leaves the filling of new memory to a checkpoint, which would not come, and
+    ``type`` casts whatever there is.
     """
-    new = fn(tensor)
+    new = fn(tensor).to(tensor.dtype)
     if new.is_meta:
         return tensor
     return torch.zeros_like(new) if tensor.is_meta else new.copy_(tensor)
