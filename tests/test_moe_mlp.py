@@ -288,6 +288,19 @@ def test_function_transforms():
         torch.testing.assert_close(grad, torch.func.grad(loss)(weights[0], sample))
 
 
+@pytest.mark.parametrize("activation", reference.GATED)
+def test_nan_stays(activation):
+    """A NaN shows in its token's output and gradient, and nowhere else."""
+    x, gate_up, down, routing, _ = problem(blocks=2 if activation == "swiglu" else 1)
+    with torch.no_grad():
+        x[3] = torch.nan
+    y = moe_mlp(x, gate_up, down, routing, activation=activation)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    token = torch.arange(20, device=DEVICE) == 3
+    for got in (y, dx):
+        assert torch.equal(got.isnan().all(1), token) and torch.equal(got.isnan().any(1), token)
+
+
 def test_leading_dimensions():
     x, gate_up, down, routing, _ = problem()
     y = moe_mlp(x.view(4, 5, 16), gate_up, down, routing)

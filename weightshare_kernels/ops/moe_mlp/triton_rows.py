@@ -181,6 +181,12 @@ def _piece(x, part: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _positive(x):
+    """ReLU; of itself the hardware's maximum would make zero of NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _activate(gate, up, ACTIVATION: tl.constexpr):
     """Hidden units of pre-activations; ``up`` counts only where gated."""
     if ACTIVATION == "swiglu":
@@ -188,7 +194,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu":
         return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
     else:
-        positive = tl.maximum(gate, 0.0)
+        positive = _positive(gate)
         return positive * positive
 
 
@@ -203,7 +209,7 @@ def _backward(gate, up, grad, ACTIVATION: tl.constexpr):
         slope = 0.5 * (1 + tl.erf(gate * 0.7071067811865476)) + gate * normal
         return grad * slope, grad
     else:
-        return grad * 2 * tl.maximum(gate, 0.0), grad
+        return grad * 2 * _positive(gate), grad
 
 
 @triton.jit
