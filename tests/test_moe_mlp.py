@@ -301,6 +301,18 @@ def test_nan_stays(activation):
         assert torch.equal(got.isnan().all(1), token) and torch.equal(got.isnan().any(1), token)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_padding_is_exactly_zero(dtype):
+    """Also where gates are of less precision than everything else."""
+    x, gate_up, down, routing, _ = problem(dtype=dtype)
+    gates = routing.gates.detach().bfloat16().requires_grad_()
+    padding = torch.ones(20, dtype=torch.bool, device=DEVICE)
+    tables = routing_of(routing.experts, gates.detach(), down.shape[0], padding)
+    y = moe_mlp(x, gate_up, down, tables._replace(gates=gates))
+    for zero in (y, *torch.autograd.grad(y.sum(), (x, gate_up, down, gates))):
+        assert not zero.any()
+
+
 def test_leading_dimensions():
     x, gate_up, down, routing, _ = problem()
     y = moe_mlp(x.view(4, 5, 16), gate_up, down, routing)

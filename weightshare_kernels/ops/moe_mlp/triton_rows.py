@@ -72,10 +72,11 @@ def _place(tile, plan, slots, count, tiles_n, GROUP: tl.constexpr, BN: tl.conste
 
 @triton.jit
 def _rounded(x, kind: tl.constexpr):
-    """Convert to the nearest; the interpreter would cut the bits of bfloat16 off instead."""
+    """Convert to the nearest; the interpreter would cut bits off, and make something of zero."""
     if _INTERPRETED and kind == tl.bfloat16:
-        bits = x.to(tl.uint32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        bits = x.to(tl.float32).to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = bits.to(tl.float32, bitcast=True)
     return x.to(kind)
 
 
