@@ -1,19 +1,9 @@
 // entangle on CUDA: stable-ABI tensors to the raw pointers of csrc/cuda, on the current stream.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+#include "bindings/tensor_cuda.h"
 #include "cuda/entangle.cuh"
 
 namespace weightshare::cuda {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Call f with a value of the C++ type of a floating dtype.
 template <class F>
@@ -30,26 +20,6 @@ void dispatch(ScalarType dtype, const F& f) {
     default:
       STD_TORCH_CHECK(false, "weight: expected float32, float64, bfloat16 or float16");
   }
-}
-
-template <class T>
-const T* pointer(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_pointer(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-void check_launch(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "entangle: ", cudaGetErrorString(status));
-}
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 const int32_t* classes(const Tensor& t, const char* name, int64_t size, const Tensor& weight) {
@@ -87,8 +57,8 @@ Tensor forward(const Tensor& weight, const Tensor& grid, const Tensor& rows, con
   const EntangleShape shape = shape_of(w, factors, rows, cols, inner);
   dispatch(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    check_launch(entangle_forward(pointer<T>(w), pointer<Sum<T>>(factors), mutable_pointer<T>(out),
-                                  shape, current_stream(w)));
+    check_launch("entangle", entangle_forward(pointer<T>(w), pointer<Sum<T>>(factors),
+                                              mutable_pointer<T>(out), shape, current_stream(w)));
   });
   return out;
 }
@@ -104,8 +74,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& weight, co
   const Tensor dweight = torch::stable::empty_like(w), dgrid = torch::stable::empty_like(factors);
   const EntangleShape shape = shape_of(w, factors, rows, cols, inner);
   int processors = 0;
-  check_launch(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
-                                      weight.get_device_index()));
+  check_launch("entangle", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+                                                  weight.get_device_index()));
   dispatch(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const T *from = pointer<T>(g), *by = pointer<T>(w);
@@ -114,9 +84,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& weight, co
         entangle_backward_plan<T>(shape, aligned_to_vectors(from, by, to), processors);
     const int64_t sizes[2] = {plan.blocks, plan.cells};
     const Tensor parts = torch::stable::new_empty(factors, sizes);
-    check_launch(entangle_backward(from, by, pointer<Sum<T>>(factors), to,
-                                   mutable_pointer<Sum<T>>(dgrid), mutable_pointer<Sum<T>>(parts),
-                                   shape, plan, current_stream(w)));
+    check_launch(
+        "entangle",
+        entangle_backward(from, by, pointer<Sum<T>>(factors), to, mutable_pointer<Sum<T>>(dgrid),
+                          mutable_pointer<Sum<T>>(parts), shape, plan, current_stream(w)));
   });
   return {dweight, dgrid};
 }

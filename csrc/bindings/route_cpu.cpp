@@ -2,7 +2,6 @@
 #include <string_view>
 
 #include "bindings/tensor_cpu.h"
-#include "cpu/route_isa.h"
 
 namespace weightshare {
 namespace {

@@ -1,61 +1,21 @@
 // route on CUDA: stable-ABI tensors to the raw pointers of csrc/cuda, on the current stream.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
-#include <string_view>
-
+#include "bindings/tensor_cuda.h"
 #include "cuda/route.cuh"
 #include "cuda/route_grad.cuh"
 
 namespace weightshare::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
-
-template <class T>
-const T* pointer(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_pointer(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
-void check_launch(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess, "route: ", cudaGetErrorString(status));
-}
-
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
-
 Tensor make(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return torch::stable::new_empty(like, sizes, dtype);
 }
 
-// Takes the handle over. The library's own conversion to std::string loses a string per call.
 RouteScore score_of(StringHandle name) {
-  const char* text;
-  size_t length;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(name, &text));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(name, &length));
-  const std::string_view asked(text, length);
+  const std::string asked = text_of(name);
   const bool known = asked == "sigmoid" || asked == "softmax" || asked == "sqrt_softplus";
   const RouteScore score = asked == "sigmoid"   ? kSigmoid
                            : asked == "softmax" ? kSoftmax
                                                 : kSqrtSoftplus;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(name));
   STD_TORCH_CHECK(known, "score_fn: expected sigmoid, softmax or sqrt_softplus");
   return score;
 }
@@ -119,13 +79,14 @@ template <class S>
 void run(const RouteShape& shape, const RouteTokens<S>& tokens, const TableTensors& tables,
          const Tensor& like) {
   int processors = 0;
-  check_launch(
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, like.get_device_index()));
+  check_launch("route", cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount,
+                                               like.get_device_index()));
   const RoutePlan plan = route_plan<S>(shape, processors);
   STD_TORCH_CHECK(plan.warps > 0, "route: ", shape.experts,
                   " experts do not fit the shared memory of a block");
   const Tensor bins = make(like, {plan.blocks * (shape.experts + 1)}, ScalarType::Int);
   check_launch(
+      "route",
       route<S>(shape, tokens,
                {mutable_pointer<int64_t>(tables.counts), mutable_pointer<int64_t>(tables.offsets),
                 mutable_pointer<int64_t>(tables.permutation),
@@ -206,7 +167,8 @@ Tensor backward(const Tensor& grad_gates, const Tensor& scores, const Tensor& ex
   const Tensor to = torch::stable::empty_like(x);
   const auto launch_as = [&](auto zero) {
     using S = decltype(zero);
-    check_launch(route_grad<S>(shape,
+    check_launch("route",
+                 route_grad<S>(shape,
                                {pointer<S>(grad), x.const_data_ptr(), pointer<bool>(padding),
                                 pointer<int64_t>(ids), to.mutable_data_ptr()},
                                current_stream(scores)));

@@ -1,26 +1,15 @@
 // From stable-ABI tensors to the raw pointers that the CPU kernels read, and back.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <array>
-#include <optional>
-#include <string>
 #include <vector>
 
+#include "bindings/tensor.h"
 #include "cpu/isa.h"
 
 namespace weightshare {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 // Calls f with a value of the C++ type of a floating dtype.
 template <class F>
@@ -75,18 +64,6 @@ inline Tensor with_last(const Tensor& like, int64_t n) {
   return Tensor(made);
 }
 
-// A string argument; takes the handle over. The library's own conversion to std::string loses a
-// string per call.
-inline std::string text_of(StringHandle handle) {
-  const char* text;
-  size_t length;
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_c_str(handle, &text));
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_string_length(handle, &length));
-  std::string copy(text, length);
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_delete_string(handle));
-  return copy;
-}
-
 // Pointer to an index table, contiguous and within [0, size), or null. It is checked again here,
 // at the price of reading it once, because a traced graph takes tables whose values nobody saw.
 inline const int64_t* table(const MaybeTensor& index, int64_t size, const char* name) {
@@ -98,16 +75,6 @@ inline const int64_t* table(const MaybeTensor& index, int64_t size, const char* 
   for (int64_t i = 0; i < index->numel(); ++i) inside &= values[i] >= 0 && values[i] < size;
   STD_TORCH_CHECK(inside, name, ": an index is outside 0..", size - 1);
   return values;
-}
-
-template <class T>
-const T* pointer(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-
-template <class T>
-T* mutable_pointer(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
 }
 
 template <class T>

@@ -17,6 +17,7 @@
 #include "cpu/grouped.h"
 #include "cpu/moe.h"
 #include "cpu/product.h"
+#include "cpu/route.h"
 
 #define WS_PAIRS 0
 namespace weightshare::baseline {
@@ -27,6 +28,8 @@ namespace weightshare::baseline {
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
 #include "cpu/moe.inl"
+#include "cpu/route_score.inl"
+#include "cpu/route.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::baseline
@@ -46,6 +49,8 @@ namespace weightshare::avx2 {
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
 #include "cpu/moe.inl"
+#include "cpu/route_score.inl"
+#include "cpu/route.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::avx2
@@ -67,6 +72,8 @@ namespace weightshare::avx512 {
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
 #include "cpu/moe.inl"
+#include "cpu/route_score.inl"
+#include "cpu/route.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::avx512

@@ -1,4 +1,4 @@
-// The choice of experts and their gates for one instruction set; included by route_isa.h.
+// The choice of experts and their gates for one instruction set; included by isa.h.
 //
 // The k best of a row of n are found in three steps that have no branch on the data: the k-th
 // largest of 16 lane-wise maxima is a bound that at least k elements reach; few more do (11 of 256

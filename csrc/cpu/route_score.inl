@@ -1,5 +1,5 @@
 // Score functions on sixteen neighbours at a time, for one instruction set; included by
-// route_isa.h.
+// isa.h.
 
 constexpr int64_t kRouteLanes = 16;  // sums run along these in one order on all instruction sets
 
