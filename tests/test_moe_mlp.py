@@ -271,6 +271,49 @@ def test_autocast_keeps_the_weights_gradients_dtype():
         assert (a - b).abs().max() < 0.05 * b.abs().max()
 
 
+def test_autocast_of_another_low_precision():
+    """Weights in fp16 under autocast to bf16: gradients in fp16, of the right values."""
+    x, gate_up, down, routing, _ = problem(dtype=torch.float16)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = moe_mlp(x, gate_up, down, routing)
+    got = gradients(y, [x, gate_up, down])
+    want = gradients(moe_mlp(x, gate_up, down, routing), [x, gate_up, down])
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == torch.float16
+        assert (a - b).abs().max() < 0.05 * b.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_repeated_weights(tokens):
+    """Weights of stride 0: every expert, and every line of one, is the same memory."""
+    x, gate_up, down, routing, _ = problem(tokens)
+    alike = gate_up[0, 0].expand_as(gate_up), down[0, 0].expand_as(down)
+    want = moe_mlp(x, *[w.clone() for w in alike], routing)
+    torch.testing.assert_close(moe_mlp(x, *alike, routing), want)
+
+
+@pytest.mark.parametrize("size", [{"f": 0}, {"d": 0}])
+def test_no_hidden_units_or_features(size):
+    x, gate_up, down, routing, logits = problem(**size)
+    y = moe_mlp(x, gate_up, down, routing)
+    assert y.shape == x.shape and not y.any()
+    assert not any(g.any() for g in gradients(y, [x, gate_up, down, logits]))
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_hidden_units_far_from_zero(activation):
+    """A pre-activation of any size gives what PyTorch gives, and so does its gradient."""
+    values = torch.tensor([-1e38, -1e4, -95.0, -60.0, 60.0, 1e4, 1e15], device=DEVICE)
+    x = values[:, None].clone().requires_grad_()
+    up = torch.ones(1, 2 if activation == "swiglu" else 1, 1, device=DEVICE)
+    routing = routing_of(*[torch.full((7, 1), v, device=DEVICE) for v in (0, 1.0)], 1)
+    y = moe_mlp(x, up, torch.ones(1, 1, 1, device=DEVICE), routing, activation=activation)
+    z = values[:, None].clone().requires_grad_()
+    want = reference.activate(torch.cat([z] * up.shape[1], 1), activation)
+    torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-30)
+    torch.testing.assert_close(gradients(y, [x]), gradients(want, [z]), rtol=1e-5, atol=1e-30)
+
+
 def test_function_transforms():
     """vmap over tokens, and per-sample gradients of a weight."""
     _, gate_up, down, routing, _ = problem()

@@ -90,6 +90,8 @@ void describe(Problem<T>& p, const Tensor& x, const Tensor& gate_up, const Tenso
   m.x = pointer<T>(p.x), m.x_stride = p.x.stride(0);
   m.gate_up = stack<T>(gate_up), m.down = stack<T>(down);
   m.few = m.gate_up.col_stride == 1 && m.down.col_stride == 1;
+  STD_TORCH_CHECK(gate_up.scalar_type() == x.scalar_type() && down.scalar_type() == x.scalar_type(),
+                  "moe_mlp: gate_up and down must have the dtype of x");
   STD_TORCH_CHECK(gate_up.size(0) == m.experts && gate_up.size(1) == m.parts() * m.f &&
                       gate_up.size(2) == m.d && down.size(1) == m.d && m.width >= 0 &&
                       m.width <= m.f && routes.gates.size(0) == m.tokens,
@@ -169,20 +171,29 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& gate_up, const
   return {y, h};
 }
 
+// A gradient has its weight's shape, and its dtype or that of sums.
+void check_buffer(const MaybeTensor& buffer, const Tensor& weight) {
+  if (!buffer.has_value()) return;
+  const ScalarType kind = buffer->scalar_type(), low = weight.scalar_type();
+  bool fits = buffer->dim() == 3 &&
+              (kind == low || (kind == ScalarType::Float && low != ScalarType::Double));
+  for (int64_t i = 0; i < 3 && fits; ++i) fits = buffer->size(i) == weight.size(i);
+  STD_TORCH_CHECK(fits, "buffer: expected the shape of its weight, and its dtype or float32");
+}
+
 // The gradients of the weights, into buffers of T or of the type of sums.
 template <class T>
 void weight_gradients(const Problem<T>& p, const MaybeTensor& gate_up, const MaybeTensor& down,
                       bool add_gate_up, bool add_down, const T* grad, int64_t grad_stride,
                       const MoeGradHidden<T>& from) {
-  auto into = [](const MaybeTensor& buffer, const auto& body) {
+  auto into = [&p](const MaybeTensor& buffer, const auto& body) {
     if (!buffer.has_value()) return;
     auto run = [&](auto zero) {
       using R = decltype(zero);
       body(Stack<R>{mutable_pointer<R>(*buffer), buffer->stride(0), buffer->stride(1),
                     buffer->stride(2)});
     };
-    if (buffer->element_size() == sizeof(T)) return run(T{});
-    STD_TORCH_CHECK(buffer->element_size() == sizeof(Sum<T>), "buffer: unexpected dtype");
+    if (buffer->scalar_type() == p.x.scalar_type()) return run(T{});
     run(Sum<T>{});
   };
   const Moe<T>& m = p.moe;
@@ -266,6 +277,10 @@ std::tuple<Tensor, Tensor> backward_(const MaybeTensor& gate_up_buffer,
     using T = decltype(zero);
     Problem<T> p;
     describe(p, x, gate_up, down, {gates, offsets, permutation, widths, width, activation});
+    check_buffer(gate_up_buffer, gate_up);
+    check_buffer(down_buffer, down);
+    STD_TORCH_CHECK(saved.scalar_type() == x.scalar_type() && dy.scalar_type() == x.scalar_type(),
+                    "moe_mlp_backward_: h and grad must have the dtype of x");
     STD_TORCH_CHECK(saved.numel() == p.pairs * p.moe.parts() * width && dy.size(0) == x.size(0) &&
                         dy.size(1) == x.size(1),
                     "moe_mlp_backward_: shapes do not fit");

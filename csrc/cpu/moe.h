@@ -134,6 +134,7 @@ void each_gradient_row(const Moe<T>& moe, int64_t part, int64_t parts, const aut
   for (int64_t e = 0; e < moe.experts; ++e) {
     for (int which : {0, 1}) {
       const double each = cost(e, which);
+      if (each == 0 || rows[which] == 0) continue;
       auto cut = [&](double at) {
         const double row = (at - before) / each;
         return row <= 0 ? int64_t{0} : row >= rows[which] ? rows[which] : static_cast<int64_t>(row);

@@ -4,6 +4,7 @@
 
 // e^v within 1 ulp or so, in a form that compilers vectorise; double by the library.
 inline float exp_of(float v) {
+  const bool vanishes = v < -87.0f;
   v = v < -87.0f ? -87.0f : v;
   v = v > 88.0f ? 88.0f : v;
   const float shifted = v * 1.44269504f + 12582912.0f;  // the integer ends up in the low bits
@@ -21,7 +22,7 @@ inline float exp_of(float v) {
   bits = (bits << 23) + 0x3f800000u;
   float scale;
   std::memcpy(&scale, &bits, sizeof scale);
-  return p * scale;
+  return vanishes ? 0.0f : p * scale;
 }
 inline double exp_of(double v) { return std::exp(v); }
 
@@ -52,7 +53,7 @@ struct Active {
 
   Active(S g, S u) {
     if constexpr (A == Activation::swiglu) {
-      const S s = S(1) / (S(1) + exp_of(-g));
+      const S e = exp_of(g < 0 ? g : -g), s = (g < 0 ? e : S(1)) / (S(1) + e);
       value = g * s * u;
       by_gate = s * (S(1) + g * (S(1) - s)) * u;
       by_up = g * s;

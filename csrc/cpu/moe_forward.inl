@@ -16,7 +16,7 @@ void moe_dots(const Unit<T>* const* x, const T* const* w, int64_t depth, int64_t
   }
   auto load = [](const T* p) WS_INLINE {
     if constexpr (kInPairs<T>) {
-      return *reinterpret_cast<const V*>(p);
+      return V(*reinterpret_cast<const typename G::Loose*>(p));
     } else {
       return wide_load(p);
     }
@@ -88,7 +88,8 @@ template <class T>
 void dots_of_lines(const Unit<T>* x, int64_t rows, int64_t pitch, const T* w, int64_t stride,
                    int64_t j0, int64_t j1, int64_t depth, Sum<T>* sums) {
   constexpr int64_t kTile = 4, kDistance = 16384 / sizeof(T);
-  const int64_t ahead = (kDistance + kTile * stride - 1) / (kTile * stride) * kTile * stride;
+  const int64_t step = std::max<int64_t>(1, kTile * stride);  // a repeated line has stride 0
+  const int64_t ahead = (kDistance + step - 1) / step * step;
   Sum<T> tile[kTile][kTile];
   for (int64_t j = j0; j < j1; j += kTile) {
     const T* lines[kTile];

@@ -98,6 +98,8 @@ void pack_lanes(const T* const* lines, int64_t lanes, int64_t depth, const T* ze
   constexpr int L = MoeShape<S>::kLanes;
   constexpr int64_t kRun = MoeShape<S>::kDepth;
   constexpr bool direct = std::is_same_v<T, S> || kInPairs<T>;
+  using Load =
+      std::conditional_t<kInPairs<T>, typename MoeShape<S>::Loose, typename Tile<S>::Vector>;
   const int64_t whole = depth / kPer<T>, units = units_of<T>(depth);
   for (int64_t from = 0; from < units; from += kRun) {
     const int64_t run = std::min(kRun, units - from), moved = std::min(run, whole - from);
@@ -120,8 +122,8 @@ void pack_lanes(const T* const* lines, int64_t lanes, int64_t depth, const T* ze
       int64_t k = 0;
       // A spill past the last unit would leave the panel.
       for (; k + L <= moved && (here == L || from + k + L < units); k += L)
-        transpose<Sum<T>>(reinterpret_cast<const Sum<T>* const*>(line), k,
-                          reinterpret_cast<Sum<T>*>(out + k * lanes), lanes);
+        transpose<S, Load>(reinterpret_cast<const Sum<T>* const*>(line), k,
+                           reinterpret_cast<Sum<T>*>(out + k * lanes), lanes);
       for (; k < moved; ++k) {
         for (int64_t i = 0; i < here; ++i) std::memcpy(out + k * lanes + i, line[i] + k, sizeof(U));
       }

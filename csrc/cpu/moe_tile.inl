@@ -26,6 +26,8 @@ struct MoeShape {
   static constexpr int kFew = WS_BYTES == 64 ? kRows / 8 : kRows / 4;
   static constexpr int kWide = 96;  // columns packed at a time where a weight runs across
   typedef S Vector __attribute__((vector_size(WS_BYTES), aligned(sizeof(S)), may_alias));
+  // Pairs of bfloat16 begin wherever an element does.
+  typedef S Loose __attribute__((vector_size(WS_BYTES), aligned(2), may_alias));
   typedef S Half __attribute__((vector_size(WS_BYTES / 2), aligned(sizeof(S)), may_alias));
 };
 

@@ -90,15 +90,16 @@ V interleave(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (I % 2 ? L : 0) + High * L / 2 + I / 2 ...);
 }
 
-// Transposes a square of L lines: log2(L) rounds of interleaving line i with line i + L/2.
-template <class S>
+// Transposes a square of L lines: log2(L) rounds of interleaving line i with line i + L/2. `In` is
+// the type lines are loaded as.
+template <class S, class In = typename Tile<S>::Vector>
 void transpose(const S* const* lines, int64_t at, S* out, int64_t pitch) {
   using V = typename Tile<S>::Vector;
   constexpr int L = Tile<S>::kLanes;
   using Lanes = std::make_integer_sequence<int, L>;
   V x[L], y[L];
 #pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) x[i] = *reinterpret_cast<const V*>(lines[i] + at);
+  for (int i = 0; i < L; ++i) x[i] = V(*reinterpret_cast<const In*>(lines[i] + at));
 #pragma GCC unroll 4
   for (int round = 1; round < L; round *= 2) {
 #pragma GCC unroll 8

@@ -91,6 +91,8 @@ def moe_mlp(
     most, widths = _widths(width, down)
     gates, tables = routing.gates, (routing.offsets, routing.permutation, routing.inverse)
     x = _checks.autocast(x)
+    # Gradients are written in the weights' dtype or in fp32: another low one is cast before.
+    gate_up, down = (w if w.dtype.itemsize >= 4 else _cast(w, x.dtype) for w in (gate_up, down))
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     arguments = (rows, gate_up, down, gates, *tables, widths, most, activation)
     if not _collect.plain():

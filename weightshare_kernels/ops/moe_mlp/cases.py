@@ -81,7 +81,7 @@ _TESTS = {
     "all_experts": _inputs(6, 9, 7, 4, 4),
     "empty_experts": _inputs(25, 16, 16, 12, 2, single),
     "many_rows": _inputs(150, 33, 20, 3, 2, zipf),
-    "wide": _inputs(40, 300, 40, 3, 2),
+    "wide": _inputs(40, 301, 40, 3, 2),
     "deep": _inputs(40, 24, 150, 3, 2),
     "padded": _inputs(14, 16, 12, 4, 2, padded=1),
     "gelu": _inputs(13, 18, 14, 4, 2, activation="gelu"),
