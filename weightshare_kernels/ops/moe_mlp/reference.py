@@ -41,13 +41,14 @@ def define(x, gate_up, down, gates, offsets, permutation, widths, width, activat
     y = torch.zeros(x.shape, dtype=kind, device=x.device)
     hidden = [x.new_empty(0, width * (2 if GATED[activation] else 1))]
     each = widths_of(widths, width, gate_up.shape[0])
+    ups, downs = gate_up.unbind(), down.unbind()  # one gradient of the whole, not one per expert
     for expert, (start, stop) in enumerate(itertools.pairwise(bounds)):
         pairs, used = permutation[start:stop], each[expert]
         tokens = pairs // k
         parts = [
-            x[tokens] @ rows.to(x.dtype).t() for rows in up_rows(gate_up[expert], activation, used)
+            x[tokens] @ rows.to(x.dtype).t() for rows in up_rows(ups[expert], activation, used)
         ]
-        out = activate(torch.cat(parts, -1), activation) @ down[expert][:, :used].to(x.dtype).t()
+        out = activate(torch.cat(parts, -1), activation) @ downs[expert][:, :used].to(x.dtype).t()
         y = y.index_add(0, tokens, gates.flatten()[pairs, None].to(kind) * out.to(kind))
         pad = torch.nn.functional.pad
         hidden.append(torch.cat([pad(part, (0, width - used)) for part in parts], -1))
