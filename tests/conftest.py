@@ -1,7 +1,8 @@
 """Chooses the backend under test before the library is imported.
 
 ``pytest --backend triton`` runs the Triton kernels in the interpreter on CPU tensors (on the GPU
-where there is one); ``--backend cuda-host`` runs the CUDA kernels through tests/cuda_host.
+where there is one); ``--backend cuda-host`` runs the CUDA kernels through tests/cuda_host, and
+``--backend cuda-bindings`` their bindings, too.
 """
 
 import os
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "cuda-host")
+BACKENDS = ("auto", "reference", "cpu", "triton", "cuda", "cuda-host", "cuda-bindings")
 
 
 def pytest_addoption(parser):
@@ -19,8 +20,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     backend = config.getoption("--backend")
-    os.environ["WEIGHTSHARE_BACKEND"] = "reference" if backend == "cuda-host" else backend
-    if backend == "cuda-host":
+    on_host = backend in ("cuda-host", "cuda-bindings")
+    os.environ["WEIGHTSHARE_BACKEND"] = "reference" if on_host else backend
+    if on_host:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
@@ -29,11 +31,12 @@ def pytest_configure(config):
     torch.set_num_threads(min(2, torch.get_num_threads()))
     import weightshare_kernels  # noqa: F401  (registers the ops of the chosen backend)
 
-    if backend == "cuda-host":
+    if on_host:
         sys.path.insert(0, str(Path(__file__).parent))
-        from cuda_host import register
+        import cuda_host
+        from cuda_host import bindings
 
-        register()
+        (cuda_host if backend == "cuda-host" else bindings).register()
 
 
 def pytest_report_header(config):

@@ -49,8 +49,10 @@ MaybeTensor checked(const MaybeTensor& t, const char* name, ScalarType dtype, in
   return torch::stable::contiguous(*t);
 }
 
+// Of a name of its own: an overload of pointer() here would hide the one for tensors, and a tensor
+// converts to a MaybeTensor, so that it would call itself.
 template <class T>
-const T* pointer(const MaybeTensor& t) {
+const T* pointer_or_null(const MaybeTensor& t) {
   return t ? pointer<T>(*t) : nullptr;
 }
 
@@ -122,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const auto launch_as = [&](auto zero) {
     using S = decltype(zero);
     run<S>(shape,
-           {logits.const_data_ptr(), pointer<S>(bias), pointer<bool>(padding),
+           {logits.const_data_ptr(), pointer_or_null<S>(bias), pointer_or_null<bool>(padding),
             mutable_pointer<int64_t>(ids), mutable_pointer<S>(gates)},
            tables, scores);
   };
@@ -145,8 +147,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> tables(const Tensor& experts,
   const TableTensors made(ids, ids.numel(), num_experts);
   // Without logits the kernel only reads the ids.
   run<float>(shape,
-             {nullptr, nullptr, pointer<bool>(padding), const_cast<int64_t*>(pointer<int64_t>(ids)),
-              nullptr},
+             {nullptr, nullptr, pointer_or_null<bool>(padding),
+              const_cast<int64_t*>(pointer<int64_t>(ids)), nullptr},
              made, ids);
   return {made.counts, made.offsets, made.permutation, made.inverse};
 }
@@ -167,11 +169,11 @@ Tensor backward(const Tensor& grad_gates, const Tensor& scores, const Tensor& ex
   const Tensor to = torch::stable::empty_like(x);
   const auto launch_as = [&](auto zero) {
     using S = decltype(zero);
-    check_launch("route",
-                 route_grad<S>(shape,
-                               {pointer<S>(grad), x.const_data_ptr(), pointer<bool>(padding),
-                                pointer<int64_t>(ids), to.mutable_data_ptr()},
-                               current_stream(scores)));
+    check_launch("route", route_grad<S>(shape,
+                                        {pointer_or_null<S>(grad), x.const_data_ptr(),
+                                         pointer_or_null<bool>(padding),
+                                         pointer_or_null<int64_t>(ids), to.mutable_data_ptr()},
+                                        current_stream(scores)));
   };
   if (shape.type == kRouteDouble)
     launch_as(double{});
