@@ -23,11 +23,16 @@ class Maker:
     def __init__(self, dtype: torch.dtype, device: str = "cpu", seed: int = 0, grad: bool = True):
         self.dtype, self.device, self.grad = dtype, device, grad
         self.generator = torch.Generator().manual_seed(seed)
+        # Large cases are drawn where they are used: on a GPU in milliseconds, not seconds.
+        self._there = self.generator
+        if torch.device(device).type == "cuda":
+            self._there = torch.Generator(device).manual_seed(seed)
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal tensor of the case's dtype that requires grad."""
-        value = torch.randn(*shape, generator=self.generator, dtype=torch.float64) * scale
-        return value.to(self.device, dtype or self.dtype).requires_grad_(self.grad)
+        wide = {"dtype": torch.float64, "device": self.device}
+        value = torch.randn(*shape, generator=self._there, **wide) * scale
+        return value.to(dtype or self.dtype).requires_grad_(self.grad)
 
     def alpha(self, count: int) -> Tensor:
         """Softmax mixture coefficients, fp32 (fp64 in float64 cases)."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from weightshare_kernels._cases import Case, Inputs, Maker, Workload, leaves
 from weightshare_kernels.ops.expert_mixture_linear import expert_mixture_linear
-from weightshare_kernels.ops.sliced_linear.cases import pick
+from weightshare_kernels.ops.sliced_linear.cases import pick, picked
 
 
 def materialised(x, experts, bias, mix, *, out=None, in_=None) -> Tensor:
@@ -51,7 +51,7 @@ def _inputs(lead, size, neuron_wise, out=None, in_=None, bias=True):
     def make(m: Maker) -> Inputs:
         rows = m.index(*out) if isinstance(out, tuple) else out
         cols = m.index(*in_) if isinstance(in_, tuple) else in_
-        active = pick(torch.empty(1, width), 1, cols).shape[1]
+        active = picked(cols, width)
         sums = torch.float64 if m.dtype == torch.float64 else torch.float32
         return {
             "x": m.randn(*lead, active),

@@ -148,7 +148,7 @@ def _table_inputs(rows: int, experts: int, k: int, padding: bool = False):
     def make(m: Maker) -> Inputs:
         ids = [m.index(k, experts) for _ in range(rows)]
         made: Inputs = {
-            "experts": torch.stack(ids) if rows else torch.zeros(0, k, dtype=torch.int64),
+            "experts": torch.stack(ids) if rows else m.index(0, experts).view(0, k),
             "gates": m.randn(rows, k),
             "num_experts": experts,
         }

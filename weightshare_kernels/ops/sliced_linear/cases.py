@@ -26,6 +26,11 @@ def pick(tensor: Tensor, dim: int, spec) -> Tensor:
     return tensor[where[0]] if len(where) == 1 else torch.cat([tensor[w] for w in where], dim)
 
 
+def picked(spec, size: int) -> int:
+    """Number of elements that a selection takes of an axis."""
+    return spec.shape[0] if isinstance(spec, Tensor) else pick(torch.empty(size), 0, spec).shape[0]
+
+
 def eager(x, weight, bias=None, *, out=None, in_=None) -> Tensor:
     """Slice, then ``F.linear``: the definition of the op and its first baseline."""
     part = pick(pick(weight, 0, out), 1, in_)
@@ -36,7 +41,7 @@ def _test_inputs(lead, size, out, in_, bias):
     def make(m: Maker) -> Inputs:
         rows = m.index(*out) if isinstance(out, tuple) else out
         cols = m.index(*in_) if isinstance(in_, tuple) else in_
-        width = pick(torch.empty(1, size[1]), 1, cols).shape[1]
+        width = picked(cols, size[1])
         return {
             "x": m.randn(*lead, width),
             "weight": m.randn(*size, scale=width**-0.5 if width else 1.0),
@@ -137,9 +142,7 @@ BASELINES = {
 
 def _bench(name, lead, size, out, in_, bars=None, bias=True, baselines=BASELINES) -> Case:
     def length(spec, full):
-        if isinstance(spec, tuple):
-            return spec[0]
-        return pick(torch.empty(full, 1), 0, spec).shape[0]
+        return spec[0] if isinstance(spec, tuple) else picked(spec, full)
 
     o, i, rows = length(out, size[0]), length(in_, size[1]), math.prod(lead)
     return Case(
