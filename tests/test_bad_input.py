@@ -5,15 +5,20 @@ import torch
 
 import weightshare_kernels
 from weightshare_kernels import (
+    AdapterGroups,
     Routing,
     entangle,
     entangled_linear,
     entangled_linear_independent,
     expert_mixture_linear,
+    group_by_adapter,
     grouped_sliced_linear,
     moe_mlp,
     route,
     routing_of,
+    shard_index,
+    shard_lora,
+    shard_lora_group,
     sliced_linear,
     sliced_weight,
 )
@@ -66,8 +71,9 @@ GOOD |= {
     },
 }
 # Selections are positional: tests/test_sliced_weight.py; a Routing is what test_route.py and
-# test_moe_mlp.py are about.
+# test_moe_mlp.py are about, pools and tables test_shard_lora.py.
 ELSEWHERE = {sliced_weight, Routing, route, routing_of, moe_mlp}
+ELSEWHERE |= {AdapterGroups, group_by_adapter, shard_index, shard_lora, shard_lora_group}
 LINEAR = (sliced_linear, entangled_linear, entangled_linear_independent)
 MIXING = (entangled_linear, entangle)
 

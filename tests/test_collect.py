@@ -372,3 +372,21 @@ def test_in_place_leaves_grad_alone_in_autograd_grad():
         torch.autograd.grad(sum(NETS["prefix"][0](s)), [s.w, s.x])
         torch.autograd.grad(sum(NETS["prefix"][0](s)), [s.x])
     assert (s.w.grad == 1).all()
+
+
+@pytest.mark.parametrize("uses", [2, 3, 4])
+def test_the_root_of_a_pass_is_a_use(uses):
+    """Layers that share a weight, the last of them without a loss behind it."""
+
+    def chain(layer):
+        s = State()
+        y = s.x
+        for _ in range(uses):
+            y = layer(y, s.w)
+        g = torch.arange(y.numel(), device=DEVICE, dtype=y.dtype).view_as(y)
+        return torch.autograd.grad(y, [s.x, s.w], g)
+
+    ours = chain(lambda y, w: sliced_linear(y, w, out=IN))
+    theirs = chain(lambda y, w: linear(y, w[:IN]))
+    for got, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, wanted)

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from weightshare_kernels import _register
 from weightshare_kernels._cases import Maker, all_cases, leaves
@@ -26,13 +27,13 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == _register.NAMESPACE:
             name = function._schema.name.split("::")[1]
-            copies = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in args)
+            copies = tree_map_only(torch.Tensor, torch.clone, args)
             self.calls[name].setdefault(str([describe(a) for a in args]), copies)
         return function(*args, **(kwargs or {}))
 
 
 def describe(argument):
-    return tuple(argument.shape) if isinstance(argument, torch.Tensor) else argument
+    return tree_map_only(torch.Tensor, lambda tensor: tuple(tensor.shape), argument)
 
 
 def record():
@@ -45,6 +46,8 @@ def record():
                 y = case.call(**inputs)
                 z = case.call(**inputs)
                 (y.sum() + z.sum()).backward()
+                with torch.no_grad():
+                    case.call(**inputs)
             assert all(leaf.grad is not None for leaf in leaves(inputs))
     return recorder.calls
 

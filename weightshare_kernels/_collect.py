@@ -39,6 +39,7 @@ from weightshare_kernels._select import Axis
 
 _runs = torch._C._will_engine_execute_node
 _task = torch._C._current_graph_task_id
+_running = torch._C._current_autograd_node
 
 
 def plain() -> bool:
@@ -81,7 +82,10 @@ class Collector:
                 buffer = self._buffers[task] = buffer.float()
             return buffer, True
         self._forget_failed()
-        uses = self._passes[task] = [use for use in tuple(self._uses) if _will_run(use())]
+        running = _running()  # the root of a pass is not among the nodes that the engine names
+        uses = self._passes[task] = [
+            use for use in tuple(self._uses) if use() is running or _will_run(use())
+        ]
         self._waiting[task] = len(uses)
         buffer = self._buffers[task] = empty_like(weight)
         if self._waiting[task] > 1:  # a pass that stops early must not keep its buffer
