@@ -54,6 +54,23 @@ def test_cuda_kernel(source, target):
         assert binary.resources.blocks(target) >= 1, name
 
 
+@pytest.mark.parametrize("tokens", [512, 8])
+def test_blocks_of_any_alignment(tokens):
+    """Blocks of k that start on multiples of 8 are read in 16 bytes, the others by the element."""
+    from weightshare_kernels.ops.entangled_linear.triton import forward
+
+    x, weight = (torch.empty(n, 256, dtype=torch.bfloat16, device="meta") for n in (tokens, 512))
+    rows, cols = (torch.empty(n, dtype=torch.int32, device="meta") for n in (512, 256))
+    grid = torch.empty(4, 3, device="meta")
+    target = _gpu_code.TARGETS["sm_90"]
+    (launch, *_) = _gpu_code.record(lambda: forward(x, weight, None, grid, rows, cols))
+    ptx = _gpu_code.compile_for(launch, target).ptx
+    asynchronous = len(re.findall(r"cp\.async\.c[ag]\.shared\.global", ptx))
+    assert asynchronous, "the aligned branch is not pipelined"
+    assert _gpu_code.wide_loads(ptx) == asynchronous, "the other branch reads 16 bytes, too"
+    assert re.search(r"ld\.global(\.L1\S*)?\.b16", ptx)
+
+
 def test_sizes_share_a_binary():
     """Widths of one divisibility and all token counts specialise alike."""
 

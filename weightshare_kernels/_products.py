@@ -102,8 +102,10 @@ def _mixed_dot(
         start = tl.maximum(tl.load(bounds + block), first)
         stop = tl.minimum(tl.load(bounds + block + 1), last)
         if (start % 8 == 0) & (stop % 8 == 0):  # the usual sizes keep 16-byte loads
+            # Rounded again, so that the compiler sees it here. A hint (tl.multiple_of) would stick
+            # to the values themselves, and the other branch would load misaligned, too.
             part = _dot(
-                zero, a, b, m_ok, n_ok, tl.multiple_of(start, 8), tl.multiple_of(stop, 8),
+                zero, a, b, m_ok, n_ok, start // 8 * 8, stop // 8 * 8,
                 a_step, b_step, None, 0, BK, PRECISION,
             )  # fmt: skip
         else:  # correct for any size; without buffers of its own
@@ -259,6 +261,8 @@ def product(
     if not c.numel():
         return c.view(*lead, n)
     tile = product_tile(m, n, k, a, mixture is not None, k_table is not None)
+    if mixture is not None and m <= FEW_ROWS and tile.k > 32:
+        tile = replace(tile, k=tile.k // 2)  # unaligned blocks take addresses, and masks, in registers
     sums = sum_dtype(a)
     split = tile.split
     out, inner = (c, bias) if split == 1 else (a.new_empty(split, m, n, dtype=sums), None)
