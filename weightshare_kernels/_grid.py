@@ -222,8 +222,11 @@ def _form(axes: Sequence[str]) -> str:
 
 
 def factors(grid: Tensor, classes: Sequence[Tensor]) -> Tensor:
-    """Expand a grid to one factor per element, zero outside; not for kernels' paths."""
+    """Expand a grid to one factor per element, zero outside; not for kernels' paths.
+
+    By indexing: on a GPU its backward sorts, where that of ``index_select`` adds by atomics.
+    """
     padded = torch.nn.functional.pad(grid, [0, 1] * grid.dim())
     for axis, index in enumerate(classes):
-        padded = padded.index_select(axis, index.long())
+        padded = padded[(slice(None),) * axis + (index.long(),)]
     return padded

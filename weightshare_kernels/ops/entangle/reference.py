@@ -24,12 +24,19 @@ def backward(
 
 
 def block_sums(values: Tensor, grid: Tensor, classes: Sequence[Tensor]) -> Tensor:
-    """Sum of ``values`` over each block of the grid."""
+    """Sum of ``values`` over each block of the grid, always in the same order.
+
+    A pass per block: ``index_add`` adds by atomics on a GPU, and a product with an indicator
+    matrix might be rounded (TF32, autocast).
+    """
     for axis, index in enumerate(classes):
-        shape = list(values.shape)
-        shape[axis] = grid.shape[axis] + 1
-        values = values.new_zeros(shape).index_add(axis, index.long(), values)
-    return values[tuple(slice(0, size) for size in grid.shape)].contiguous()
+        rest = [1] * (values.dim() - axis - 1)
+        parts = [
+            torch.where((index == block).view(-1, *rest), values, 0.0).sum(axis)
+            for block in range(grid.shape[axis])
+        ]
+        values = torch.stack(parts, axis) if parts else values.narrow(axis, 0, 0)
+    return values.contiguous()
 
 
 def pad_and_sum(weight: Tensor, choices: Sequence[Sequence[int]], alpha: Tensor) -> Tensor:
