@@ -1,0 +1,53 @@
+"""LoRA with shared pools of shards (Mixture of Shards): layers, PEFT tuner, serving."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from weightshare.lora.linear import MoSLinear
+from weightshare.lora.plan import ShardPlan
+from weightshare.lora.pool import ShardPool
+
+if TYPE_CHECKING:
+    from weightshare.lora.bank import AdapterBank
+    from weightshare.lora.tuner.config import MoSConfig
+    from weightshare.lora.tuner.export import export_lora
+    from weightshare.lora.tuner.model import MoSModel
+    from weightshare.lora.tuner.parallel import average_pool_gradients_, pool_parameters
+    from weightshare.lora.tuner.swap import swap_adapter
+
+__all__ = [
+    "AdapterBank",
+    "MoSConfig",
+    "MoSLinear",
+    "MoSModel",
+    "ShardPlan",
+    "ShardPool",
+    "average_pool_gradients_",
+    "export_lora",
+    "pool_parameters",
+    "swap_adapter",
+]
+
+# Imported when first asked for: the tuner needs PEFT, which is an extra.
+_LAZY = {
+    "AdapterBank": "bank",
+    "MoSConfig": "tuner.config",
+    "MoSModel": "tuner.model",
+    "average_pool_gradients_": "tuner.parallel",
+    "export_lora": "tuner.export",
+    "pool_parameters": "tuner.parallel",
+    "swap_adapter": "tuner.swap",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,1 @@
+"""PEFT tuner: Mixture of Shards as an adapter of PEFT."""
