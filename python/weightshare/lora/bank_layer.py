@@ -1,0 +1,182 @@
+"""Layers that a bank puts into a model, and the batch that they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from weightshare_kernels import AdapterGroups, group_by_adapter
+from weightshare_kernels.ops.shard_lora import shard_lora_group
+
+if TYPE_CHECKING:
+    from weightshare.lora.bank import AdapterBank
+    from weightshare.lora.bank_memory import Slab
+
+# Layers of one parent that read the same input: one call serves them all.
+SIBLINGS = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("w1", "w3"),
+)
+
+
+class Batch:
+    """Which adapter each sequence of a batch uses; rows are grouped once for each shape of input.
+
+    Args:
+        slots: of each sequence, -1 for none.
+        adapters: slots that the tables have.
+        expand: rows of the model's batch for each sequence, side by side.
+        lengths: tokens of each sequence, where sequences are packed one after another.
+        device: of the model.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[int],
+        adapters: int,
+        expand: int,
+        lengths: Sequence[int] | None,
+        device: torch.device,
+    ):
+        self.idle = all(slot < 0 for slot in slots)
+        self.adapters, self.sequences, self.expand = adapters, len(slots), expand
+        ids = torch.tensor(slots, dtype=torch.int64)
+        self.packed = lengths is not None
+        if lengths is not None:
+            ids = ids.repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        elif expand != 1:
+            ids = ids.repeat_interleave(expand)
+        self.ids = ids.to(device)
+        self._groups: dict[torch.Size, AdapterGroups] = {}
+
+    def groups(self, shape: torch.Size) -> AdapterGroups:
+        """Groups of the rows of an input ``[*shape, d]``; made once for all layers."""
+        if torch.compiler.is_compiling():  # in the graph, where what is not used costs nothing
+            return self._make(shape)
+        found = self._groups.get(shape)
+        if found is None:
+            with torch.inference_mode(False):  # kept for passes that may have gradients
+                found = self._groups[shape] = self._make(shape)
+        return found
+
+    def _make(self, shape: torch.Size) -> AdapterGroups:
+        count = self.ids.shape[0]
+        if self.packed:
+            if shape.numel() != count:
+                raise ValueError(
+                    f"batch: lengths add up to {count} tokens, but a layer's input "
+                    f"{tuple(shape)} has {shape.numel()}"
+                )
+            return group_by_adapter(self.ids, self.adapters)
+        if shape[0] != count:
+            raise ValueError(self._wrong(shape))
+        return group_by_adapter(self.ids, self.adapters, shape[1:].numel())
+
+    def _wrong(self, shape: torch.Size) -> str:
+        """Why rows cannot be told apart, and what to say."""
+        rows, text = shape[0], f"batch: has {self.sequences} sequences"
+        if self.expand != 1:
+            text += f" of {self.expand} rows each"
+        text += f", but a layer's input {tuple(shape)} has {rows} rows"
+        if rows % self.sequences == 0:
+            times = rows // self.sequences
+            text += (
+                f"; where generate() makes {times} rows of each sequence (num_beams, "
+                f"num_return_sequences), open the batch with expand={times}"
+            )
+        return f"{text}; where it packs sequences, give the tokens of each as lengths="
+
+
+class BankLinear(nn.Module):
+    """A layer of the model together with the adapters of a bank.
+
+    Attributes of the layer itself, such as ``weight``, are found here, too.
+    """
+
+    def __init__(self, base: nn.Module, bank: AdapterBank, slab: Slab, layer: int):
+        super().__init__()
+        self.base, self.layer, self.training = base, layer, base.training
+        self.bank, self.slab = bank, slab
+        self.siblings: Siblings | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, plus what the adapter of each row adds."""
+        batch = self.bank.running
+        if batch is None or batch.idle:
+            return self.base(x)
+        if self.siblings is None:
+            return adapted((self,), x, batch)[0]
+        return self.siblings(self, x, batch)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            return getattr(super().__getattr__("base"), name)
+
+    def extra_repr(self) -> str:
+        """Which layer of its type this is."""
+        return f"{self.slab.target.name}, layer={self.layer}"
+
+
+class Siblings:
+    """Layers that read the same input: whichever is called first computes all.
+
+    The others find their outputs when they are called with the very same tensor. Where one turns
+    out to be called with another (keys and values of cross-attention), each computes for itself
+    from then on.
+    """
+
+    def __init__(self, members: Sequence[BankLinear]):
+        self.members = tuple(members)
+        self.shared = True
+        self._x: Tensor | None = None
+        self._outputs: dict[int, Tensor] = {}
+
+    def __call__(self, member: BankLinear, x: Tensor, batch: Batch) -> Tensor:
+        """Output of one of them."""
+        if not self.shared:
+            return adapted((member,), x, batch)[0]
+        key = id(member)
+        if self._x is x and key in self._outputs:
+            y = self._outputs.pop(key)
+            if not self._outputs:
+                self._x = None
+            return y
+        if self._outputs:
+            self.shared = False
+            self.forget()
+            return adapted((member,), x, batch)[0]
+        ys = adapted(self.members, x, batch)
+        self._outputs = {id(m): y for m, y in zip(self.members, ys, strict=True)}
+        self._x = x
+        return self._outputs.pop(key)
+
+    def forget(self) -> None:
+        """Drop outputs that were not asked for."""
+        self._x, self._outputs = None, {}
+
+
+def adapted(layers: Sequence[BankLinear], x: Tensor, batch: Batch) -> list[Tensor]:
+    """Outputs of layers that read x, each with its adapters."""
+    bases = [layer.base(x) for layer in layers]
+    if bases[0].dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        x = x.to(bases[0].dtype)
+    parts = [(layer.slab.a, layer.slab.b, layer.layer) for layer in layers]
+    return shard_lora_group(
+        x,
+        bases,
+        [a.pool for a, _, _ in parts],
+        [b.pool for _, b, _ in parts],
+        [a.views[number] for a, _, number in parts],
+        [b.views[number] for _, b, number in parts],
+        layers[0].bank.memory.scales,
+        adapters=batch.groups(x.shape[:-1]),
+    )
