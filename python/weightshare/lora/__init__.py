@@ -11,10 +11,9 @@ from weightshare.lora.pool import ShardPool
 
 if TYPE_CHECKING:
     from weightshare.lora.bank import AdapterBank
-    from weightshare.lora.tuner.config import MoSConfig
     from weightshare.lora.tuner.export import export_lora
-    from weightshare.lora.tuner.model import MoSModel
     from weightshare.lora.tuner.parallel import average_pool_gradients_, pool_parameters
+    from weightshare.lora.tuner.register import MoSConfig, MoSModel
     from weightshare.lora.tuner.swap import swap_adapter
 
 __all__ = [
@@ -33,8 +32,8 @@ __all__ = [
 # Imported when first asked for: the tuner needs PEFT, which is an extra.
 _LAZY = {
     "AdapterBank": "bank",
-    "MoSConfig": "tuner.config",
-    "MoSModel": "tuner.model",
+    "MoSConfig": "tuner.register",
+    "MoSModel": "tuner.register",
     "average_pool_gradients_": "tuner.parallel",
     "export_lora": "tuner.export",
     "pool_parameters": "tuner.parallel",

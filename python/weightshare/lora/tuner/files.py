@@ -40,20 +40,23 @@ def save_adapter(
         TypeError: the configuration holds what JSON cannot.
         OSError: the files cannot be written.
     """
-    folder = Path(folder)
-    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
+    text = _json(config)
     with _Replacements(folder) as files:
         files.add(WEIGHTS, lambda path: _write_tensors(path, tensors))
         files.add(CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
 
 
+def write_config(folder: str | os.PathLike, config: Mapping[str, Any]) -> None:
+    """Write the configuration alone, as :func:`save_adapter`."""
+    text = _json(config)
+    with _Replacements(folder) as files:
+        files.add(CONFIG, lambda path: Path(path).write_text(text, encoding="utf-8"))
+
+
 def write_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor]) -> None:
     """Write one safetensors file; a crash at any moment leaves the old one or the new one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _Replacements(path.parent) as files:
-        files.add(path.name, lambda temporary: _write_tensors(temporary, tensors))
+    with _Replacements(Path(path).parent) as files:
+        files.add(Path(path).name, lambda temporary: _write_tensors(temporary, tensors))
 
 
 def load_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -85,8 +88,9 @@ def load_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, T
 class _Replacements:
     """Files written under temporary names, which take their places together on a clean exit."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: str | os.PathLike):
+        self.folder = Path(folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.files: dict[str, str] = {}
 
     def __enter__(self) -> _Replacements:
@@ -114,6 +118,10 @@ class _Replacements:
         finally:
             for temporary in self.files.values():
                 Path(temporary).unlink(missing_ok=True)
+
+
+def _json(config: Mapping[str, Any]) -> str:
+    return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def _write_tensors(path: str, tensors: Mapping[str, Tensor]) -> None:
