@@ -82,6 +82,19 @@ def autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
+# Looked up, as the compiler cannot trace is_autocast_available before torch 2.12.
+_AUTOCAST = frozenset(
+    kind
+    for kind in ("cpu", "cuda", "hpu", "mps", "mtia", "xla", "xpu", "privateuseone")
+    if torch.amp.is_autocast_available(kind)
+)
+
+
+def has_autocast(device: str) -> bool:
+    """Tell whether a device type has autocast (meta, for one, has none)."""
+    return device in _AUTOCAST
+
+
 def autocasting(device: str) -> bool:
-    """Tell whether autocast is on for a device type (meta, for one, has none)."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    """Tell whether autocast is on for a device type."""
+    return has_autocast(device) and torch.is_autocast_enabled(device)

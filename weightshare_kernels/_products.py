@@ -262,7 +262,7 @@ def product(
         return c.view(*lead, n)
     tile = product_tile(m, n, k, a, mixture is not None, k_table is not None)
     if mixture is not None and m <= FEW_ROWS and tile.k > 32:
-        tile = replace(tile, k=tile.k // 2)  # unaligned blocks take addresses, and masks, in registers
+        tile = replace(tile, k=tile.k // 2)  # addresses of unaligned blocks take registers
     sums = sum_dtype(a)
     split = tile.split
     out, inner = (c, bias) if split == 1 else (a.new_empty(split, m, n, dtype=sums), None)

@@ -11,6 +11,10 @@
 #include <optional>
 #include <string>
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name up to torch 2.11
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
+
 namespace weightshare {
 
 using torch::headeronly::ScalarType;

@@ -166,7 +166,7 @@ def moved(tensor: Tensor, fn: Callable) -> Tensor:
 
 def _exact(device: str):
     """Switch autocast off, where a device type has it: the router's product is float32."""
-    if torch.amp.is_autocast_available(device):
+    if _checks.has_autocast(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
