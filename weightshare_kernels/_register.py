@@ -73,6 +73,10 @@ def has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
 
 
+# As torch.compiler.assume_constant_result does, which would import the compiler here.
+has_kernel._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _triton_key(name: str) -> str | None:
     """Dispatch key that Triton should serve for this op here, or None."""
     backend = _config.get("WEIGHTSHARE_BACKEND")

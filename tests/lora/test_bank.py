@@ -91,11 +91,11 @@ def test_expanded_rows(served):
     got = outputs(model, bank, ["one", "two"], x, expand=2)
     exact = by_row(adapters, plain, ["one", "one", "two", "two"], x, torch.float64)
     assert torch.allclose(got.double(), exact, atol=1e-5)
-    with pytest.raises(ValueError, match="4 rows; where generate.*expand=2"):
+    with pytest.raises(ValueError, match=r"4 rows; where generate.*expand=2"):
         outputs(model, bank, ["one", "two"], x)
-    with pytest.raises(ValueError, match="3 sequences.*lengths="):
+    with pytest.raises(ValueError, match=r"3 sequences.*lengths="):
         outputs(model, bank, ["one", "two", "one"], x)
-    with pytest.raises(ValueError, match="add up to 3 tokens.*has 8"):
+    with pytest.raises(ValueError, match=r"add up to 3 tokens.*has 8"):
         outputs(model, bank, ["one", "two"], x, lengths=[1, 2])
     assert bank.running is None
 
@@ -216,14 +216,14 @@ def test_inference_mode_then_gradients_of_the_input(served):
 
 
 def test_weights_of_a_layer_are_found_through_it(served):
-    model, _, bank, _ = served
+    model = served[0]
     layer = model.layers[0].q_proj
     assert layer.weight is layer.base.weight and layer.in_features == 16
     with pytest.raises(AttributeError, match="nothing"):
         layer.nothing  # noqa: B018
 
 
-# -- Coming and going -------------------------------------------------------------------------------
+# -- Coming and going -----------------------------------------------------------------------------
 
 
 def expect(model, plain, bank, adapters, names, seed=7):
@@ -278,12 +278,12 @@ def test_a_running_batch_keeps_the_adapter_that_was_swapped(served):
 def test_remove_while_in_use(served):
     _, _, bank, _ = served
     with bank.batch(["one", None]):
-        with pytest.raises(RuntimeError, match="'one'.*batch that runs uses it"):
+        with pytest.raises(RuntimeError, match=r"'one'.*batch that runs uses it"):
             bank.remove("one")
         bank.remove("two")
     bank.remove("one")
     assert bank.names == ("three",)
-    with pytest.raises(LookupError, match="'one'.*not in the bank.*'three'"), bank.batch(["one"]):
+    with pytest.raises(LookupError, match=r"'one'.*not in the bank.*'three'"), bank.batch(["one"]):
         pass
 
 
@@ -308,7 +308,7 @@ def test_names_move_without_copies(served):
     bank.alias("live", "live")
     bank.alias("three", "live")
     assert len(bank.memory.slots) == 2  # what "three" stood for is free
-    with pytest.raises(ValueError, match="'live'.*taken"):
+    with pytest.raises(ValueError, match=r"'live'.*taken"):
         bank.rename("first", "live")
     with pytest.raises(LookupError, match="'nobody'"):
         bank.alias("live", "nobody")
@@ -472,7 +472,9 @@ def test_wrong_banks():
     assert not any(isinstance(m, BankLinear) for m in model.modules())
     mixed = Net(1)
     mixed.tower = Net(1, d=32, kv=16)
-    with pytest.raises(ValueError, match=r"tower\.layers\.0\.\w+ is .* wide .*regular expression"):
+    with pytest.raises(
+        ValueError, match=r"wide \(in, out\), but tower\.layers\.0\.\w+ is .*regular expression"
+    ):
         bank_of(mixed)
     bank = AdapterBank(mixed, r"layers\.\d+\.q_proj", max_adapters=1, max_rank=1)
     assert isinstance(mixed.layers[0].q_proj, BankLinear)

@@ -161,5 +161,5 @@ def test_refused(case):
 
 def test_refused_kinds():
     bank = bank_of(net())
-    with pytest.raises(TypeError, match="expected a folder.*got int"):
+    with pytest.raises(TypeError, match=r"expected a folder.*got int"):
         bank.add("bad", 3)
