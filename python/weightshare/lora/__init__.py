@@ -44,7 +44,16 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    try:
+        module = import_module(f"{__name__}.{_LAZY[name]}")
+    except ModuleNotFoundError as error:
+        if error.name != "peft":
+            raise
+        raise ImportError(
+            f"weightshare.lora.{name} needs PEFT: pip install 'weightshare-kernels[peft]'; "
+            "ShardPool, MoSLinear and AdapterBank work without"
+        ) from error
+    value = globals()[name] = getattr(module, name)
     return value
 
 

@@ -7,17 +7,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from peft.config import PeftConfig
+from peft.utils.peft_types import PeftType
+
 from weightshare.lora.plan import check_ranks
 from weightshare.lora.tuner import files
-
-try:
-    from peft.config import PeftConfig
-    from peft.utils.peft_types import PeftType
-except ImportError as error:
-    raise ImportError(
-        "the MoS tuner needs PEFT: pip install 'weightshare-kernels[peft]'; ShardPool, MoSLinear "
-        "and AdapterBank work without"
-    ) from error
 
 NAME = "MOS"
 
