@@ -141,7 +141,8 @@ def outer_(
     total = torch.zeros_like(buffer, dtype=left.dtype)
     for number, rows in segments(index, right, offsets, permutation):
         factor = scale if scales is None else scale * scales[number].to(left.dtype)
-        product = factor * (left[rows].t() @ right[rows].to(left.dtype))
+        with torch.autocast(left.device.type, enabled=False):  # backward may run under it
+            product = factor * (left[rows].t() @ right[rows].to(left.dtype))
         names = index[number].flatten()
         inside = (names >= 0) & (names < buffer.shape[0])
         shards = product.reshape(-1, buffer.shape[1])[inside]
