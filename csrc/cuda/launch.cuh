@@ -11,6 +11,10 @@
 #include <cstdint>
 #include <type_traits>
 
+#ifdef __CUDACC__
+#include <cooperative_groups.h>
+#endif
+
 namespace weightshare::cuda {
 
 constexpr unsigned kWarp = 32;
@@ -86,6 +90,33 @@ __device__ __forceinline__ T warp_sum(T v) {
   return v;
 }
 
+// Sums over the warp of Count values at once, each left to a share of the lanes: halves change
+// hands, until a lane holds Kept values of 32 * Kept / Count lanes, which still have to be summed
+// where there are others that hold the same. The values that lane i holds first are those from
+// i * Count / 32 / Kept * Kept on. The order of additions does not vary.
+template <int Count, int Kept, int Step = kWarp / 2, typename T, int N>
+__device__ __forceinline__ void warp_scatter(T (&v)[N]) {
+  if constexpr (Count > Kept) {
+    constexpr int kHalf = Count / 2;
+    const bool upper = threadIdx.x & Step;
+#pragma unroll
+    for (int i = 0; i < kHalf; ++i) {
+      const T given = upper ? v[i] : v[i + kHalf];
+      v[i] = (upper ? v[i + kHalf] : v[i]) + __shfl_xor_sync(kAllLanes, given, Step);
+    }
+    warp_scatter<kHalf, Kept, Step / 2>(v);
+  }
+}
+
+// Ask for the line of an address, which may be used later, to be brought into L2.
+__device__ __forceinline__ void prefetch(const void* p) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#else
+  (void)p;
+#endif
+}
+
 // ---- arithmetic ---------------------------------------------------------------------------------
 
 struct Quotient {
@@ -134,6 +165,43 @@ cudaError_t launch(void (*kernel)(Wanted...), int64_t blocks, int threads, size_
   config.dynamicSmemBytes = shared;
   config.stream = stream;
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+// ---- launches of two phases, every block of the second after every block of the first ----------
+
+constexpr int kFirstPhase = 1, kSecondPhase = 2;
+
+// The kernel's last argument says which phases to run, and it calls this between them.
+__device__ __forceinline__ void phase_barrier([[maybe_unused]] int phases) {
+#ifdef __CUDACC__
+  if (phases == (kFirstPhase | kSecondPhase)) cooperative_groups::this_grid().sync();
+#endif
+}
+
+// One launch, all blocks resident; the host, which runs blocks one after another, launches each
+// phase by itself.
+template <typename... Wanted, typename... Given>
+cudaError_t launch_phases(void (*kernel)(Wanted...), int64_t blocks, int threads, size_t shared,
+                          cudaStream_t stream, Given... arguments) {
+#ifdef __CUDACC__
+  cudaLaunchAttribute together = {};
+  together.id = cudaLaunchAttributeCooperative;
+  together.val.cooperative = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &together;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, kernel, arguments..., kFirstPhase | kSecondPhase);
+#else
+  for (int phase : {kFirstPhase, kSecondPhase}) {
+    const cudaError_t status = launch(kernel, blocks, threads, shared, stream, arguments..., phase);
+    if (status != cudaSuccess) return status;
+  }
+  return cudaSuccess;
+#endif
 }
 
 }  // namespace weightshare::cuda

@@ -10,16 +10,11 @@
 
 #include "cuda/route_token.cuh"
 
-#ifdef __CUDACC__
-#include <cooperative_groups.h>
-#endif
-
 namespace weightshare::cuda {
 
 constexpr int kRouteWarps = 16;
 constexpr int kRouteThreads = kRouteWarps * int(kWarp);
 constexpr int kRouteTokensPerWarp = 4;  // before more blocks are worth the sum over them
-constexpr int kRouteChoose = 1, kRoutePlace = 2;
 
 struct RouteTables {
   int64_t *counts, *offsets, *permutation, *inverse;
@@ -192,17 +187,13 @@ __device__ __forceinline__ void route_place(const RouteShape& shape, const bool*
 
 // ---- the kernel and its launch ------------------------------------------------------------------
 
-// Both phases in one launch, all blocks resident; the host, which runs blocks one after another,
-// launches each phase by itself.
 template <typename S>
 __global__ void __launch_bounds__(kRouteThreads, 1)
     route_kernel(RouteShape shape, RouteTokens<S> tokens, RouteTables tables, RouteLayout shared,
                  int phases) {
-  if (phases & kRouteChoose) route_choose(shape, tokens, tables, shared);
-#ifdef __CUDACC__
-  if (phases == (kRouteChoose | kRoutePlace)) cooperative_groups::this_grid().sync();
-#endif
-  if (phases & kRoutePlace) route_place(shape, tokens.padding, tokens.ids, tables, shared);
+  if (phases & kFirstPhase) route_choose(shape, tokens, tables, shared);
+  phase_barrier(phases);
+  if (phases & kSecondPhase) route_place(shape, tokens.padding, tokens.ids, tables, shared);
 }
 
 // How a launch is cut; the caller allocates blocks * (experts + 1) bins for it.
@@ -228,28 +219,8 @@ cudaError_t route(const RouteShape& shape, const RouteTokens<S>& tokens, const R
                   const RoutePlan& plan, cudaStream_t stream) {
   if (plan.warps == 0) return cudaErrorInvalidConfiguration;
   const size_t shared = plan.layout.rows + plan.warps * plan.layout.row;
-  const int threads = plan.warps * int(kWarp);
-#ifdef __CUDACC__
-  cudaLaunchAttribute together = {};
-  together.id = cudaLaunchAttributeCooperative;
-  together.val.cooperative = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(plan.blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = shared;
-  config.stream = stream;
-  config.attrs = &together;
-  config.numAttrs = 1;
-  return cudaLaunchKernelEx(&config, route_kernel<S>, shape, tokens, tables, plan.layout,
-                            kRouteChoose | kRoutePlace);
-#else
-  for (int phase : {kRouteChoose, kRoutePlace}) {
-    const cudaError_t status = launch(route_kernel<S>, plan.blocks, threads, shared, stream, shape,
-                                      tokens, tables, plan.layout, phase);
-    if (status != cudaSuccess) return status;
-  }
-  return cudaSuccess;
-#endif
+  return launch_phases(route_kernel<S>, plan.blocks, plan.warps * int(kWarp), shared, stream, shape,
+                       tokens, tables, plan.layout);
 }
 
 }  // namespace weightshare::cuda

@@ -79,11 +79,13 @@ def entangle_backward(
 
 def register() -> None:
     """Make the CUDA kernels serve CPU tensors: ``pytest --backend cuda-host``."""
-    from cuda_host import routing
+    from cuda_host import routing, sharding
     from weightshare_kernels import _register
 
-    for name in ("entangle", "route"):
+    for name in ("entangle", "route", "shard_lora"):
         _build.load(name)
     routed = (routing.route, routing.route_grad, routing.route_tables)
     for function in (entangle, entangle_backward, *routed):
         _register.override(function.__name__, function, "CPU")
+    _register.override("shard_lora_decode", sharding.decode, "CPU")
+    _register.override("shard_lora", sharding.through(sharding.decode), "CPU")

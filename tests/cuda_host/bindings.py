@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from cuda_host import _build
+from cuda_host import _build, sharding
 
 SOURCES = sorted((_build.ROOT / "csrc/bindings").glob("*_cuda.cu"))
 
@@ -20,5 +20,9 @@ def ops() -> list[str]:
 
 def register() -> None:
     """Make the bindings serve CPU tensors: ``pytest --backend cuda-bindings``."""
+    from weightshare_kernels import _register
+
     for source in SOURCES:
         torch.ops.load_library(str(_build.compiled_binding(source)))
+    decode = torch.ops.weightshare.shard_lora_decode.default
+    _register.override("shard_lora", sharding.through(decode), "CPU")

@@ -20,6 +20,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 // Thread-local storage has what __shared__ needs: static at block scope, legal after `extern`,
 // and one contiguous range per library, which can be poisoned before each block.
 #define __shared__ thread_local
