@@ -32,6 +32,7 @@ from weightshare_kernels._cases import Case, Inputs, Maker, Workload, all_cases,
 
 sys.path.insert(0, str(Path(__file__).parent))  # where this runs as benchmarks.run
 import blocks
+import lora_blocks
 import moe_blocks
 
 RESULTS = Path(__file__).parent / "results"
@@ -396,7 +397,8 @@ def table_of(op: str, records: dict[str, dict]) -> Table:
 
 def every_case() -> dict[str, list[Case]]:
     """The ops' cases, and those of whole blocks, by name."""
-    return all_cases("bench") | {"blocks": [*blocks.CASES, *moe_blocks.CASES]}
+    whole = [*blocks.CASES, *moe_blocks.CASES, *lora_blocks.CASES]
+    return all_cases("bench") | {"blocks": whole}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
