@@ -133,9 +133,13 @@ def measured(folder: Path, since: float) -> list[str]:
         if path.stat().st_mtime < since:
             continue
         for name, record in json.loads(path.read_text()).get("cases", {}).items():
-            both = record["variants"]["ours"]["both"]["median"]
-            pairs = [f"{b} {r['both']['of_medians']:.2f}" for b, r in record["ratios"].items()]
-            lines.append(f"{path.stem:24} {name:36} {both:9.4f} ms   {', '.join(pairs)}")
+            eager = record["variants"]["ours"]["both"]["median"]
+            graph = record.get("graph", {"variants": {}, "ratios": {}})
+            ours = graph["variants"].get("ours", {}).get("both", {}).get("median", float("nan"))
+            pairs = [f"{b} {r['both']:.2f}" for b, r in graph["ratios"].items()]
+            lines.append(
+                f"{path.stem:24} {name:36} {ours:9.4f} ms (eager {eager:.4f})   {', '.join(pairs)}"
+            )
     return lines
 
 

@@ -7,7 +7,6 @@ for what each number means.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import gc
 import itertools
@@ -20,6 +19,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,8 +32,11 @@ from weightshare_kernels._cases import Case, Inputs, Maker, Workload, all_cases,
 
 sys.path.insert(0, str(Path(__file__).parent))  # where this runs as benchmarks.run
 import blocks
+import graphs
 import lora_blocks
 import moe_blocks
+from graphs import outputs_of
+from memory import peak_bytes, saved_bytes
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,12 +84,6 @@ class Clock:
         return [a.elapsed_time(b) / 1e3 for a, b in pairs]
 
 
-def outputs_of(work: Workload) -> list[Tensor]:
-    """The outputs of one forward pass, as a list."""
-    y = work.forward()
-    return list(y) if isinstance(y, list | tuple) else [y]
-
-
 def clear(work: Workload) -> None:
     """Drop all gradients, so that every repetition makes them anew."""
     for leaf in work.leaves:
@@ -129,14 +126,16 @@ def sample(variant: Variant, clock: Clock) -> None:
         variant.samples[phase].append(sum(r[phase] for r in runs) / len(runs))
 
 
+def gradient(y: Tensor, seed: int) -> Tensor:
+    """A gradient of an output, drawn where that is, the same for every dtype."""
+    generator = torch.Generator(y.device).manual_seed(seed)
+    return torch.randn(y.shape, generator=generator, device=y.device).to(y.dtype)
+
+
 def prepare(variant: Variant, clock: Clock, seed: int = 0) -> float:
     """Make output gradients, warm up, choose the repeats; returns seconds per sample."""
-    generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
-    variant.grads = [
-        torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
-        for y in outputs_of(variant.work)
-    ]
+    variant.grads = [gradient(y, seed) for y in outputs_of(variant.work)]
     once(variant, clock)
     if variant.compile_s is not None:
         variant.compile_s = time.perf_counter() - start
@@ -172,56 +171,10 @@ def measure(variants: list[Variant], clock: Clock, options, deadline: float) -> 
     return rounds
 
 
-def saved_bytes(work: Workload) -> tuple[int, int]:
-    """Bytes kept for backward after one forward pass: all storages, and those not of a leaf.
-
-    Each storage counts once and whole, whatever views of it are saved.
-    """
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = outputs_of(work)
-    del outputs
-    own = {leaf.untyped_storage().data_ptr() for leaf in work.leaves}
-    return sum(kept.values()), sum(size for at, size in kept.items() if at not in own)
-
-
-def peak_bytes(variant: Variant, device: str, clock: Clock) -> int | None:
-    """Most memory one step adds: the allocator's peak on a GPU, the resident set's on Linux."""
-    clear(variant.work)
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        once(variant, clock)
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-    except (OSError, AttributeError):
-        return None
-    before = resident("VmRSS")
-    once(variant, clock)
-    return max(0, resident("VmHWM") - before)
-
-
-def resident(entry: str) -> int:
-    """One entry of /proc/self/status, in bytes."""
-    text = Path("/proc/self/status").read_text()
-    return 1024 * int(re.search(rf"{entry}:\s+(\d+) kB", text)[1])
-
-
 def run_with_gradients(function: Callable, inputs: Inputs) -> list[Tensor]:
     """Output and gradients of a function, under one fixed output gradient."""
     y = function(**inputs)
-    generator = torch.Generator().manual_seed(1)
-    g = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
-    return [y.detach(), *torch.autograd.grad(y, leaves(inputs), g)]
+    return [y.detach(), *torch.autograd.grad(y, leaves(inputs), gradient(y, 1))]
 
 
 def deviation(case: Case, inputs: Inputs) -> str | None:
@@ -285,6 +238,14 @@ def ratios(ours: Variant, other: Variant) -> dict[str, dict[str, float]]:
     return found
 
 
+def ratio(record: dict, baseline: str, phase: str) -> float:
+    """Baseline / ours: on a GPU of the GPU's own times, where both could be captured."""
+    graph = record.get("graph", {}).get("ratios", {})
+    if baseline in graph:
+        return graph[baseline][phase]
+    return record["ratios"][baseline][phase]["of_medians"]
+
+
 def judge(case: Case, record: dict) -> dict[str, dict]:
     """Each promised bar: what was wanted, what was got, whether it is met.
 
@@ -299,7 +260,7 @@ def judge(case: Case, record: dict) -> dict[str, dict]:
             got = record["variants"]["ours"]["saved_bytes"] / max(floor, 1)
             met = got <= wanted
         else:
-            got = record["ratios"][name][phase or "both"]["of_medians"]
+            got = ratio(record, name, phase or "both")
             met = got >= wanted
         verdicts[bar] = {"wanted": round(wanted, 4), "got": round(got, 4), "met": met}
     return verdicts
@@ -313,6 +274,11 @@ def benchmark(op: str, case: Case, options, deadline: float) -> dict:
     if wrong is not None:
         raise AssertionError(wrong)
     clock = Clock(device)
+    graph = None
+    if device == "cuda":
+        rounds = options.rounds or (7 if options.quick else LEAST_ROUNDS)
+        graph = graphs.measure(case, inputs, dtype, rounds, deadline, summary)
+        torch.cuda.empty_cache()
     variants = variants_of(case, inputs, options.compile)
     rounds = measure(variants, clock, options, deadline)
     ours, itemsize = variants[0], dtype.itemsize
@@ -324,6 +290,7 @@ def benchmark(op: str, case: Case, options, deadline: float) -> dict:
         "floor": next((name for name in FLOORS if name in case.baselines), None),
         "variants": {},
         "ratios": {v.name: ratios(ours, v) for v in variants[1:]},
+        **({"graph": graph} if graph else {}),
     }
     for variant in variants:
         entry: dict = {phase: summary(variant.samples[phase]) for phase in PHASES}
@@ -331,7 +298,8 @@ def benchmark(op: str, case: Case, options, deadline: float) -> dict:
         entry["gflops"] = round(case.flops / max(forward_s, 1e-9) / 1e9, 2)
         entry["gbytes"] = round(case.bytes(itemsize) / max(forward_s, 1e-9) / 1e9, 2)
         entry["saved_bytes"], entry["saved_beyond_leaves"] = saved_bytes(variant.work)
-        entry["peak_bytes"] = peak_bytes(variant, device, clock)
+        clear(variant.work)
+        entry["peak_bytes"] = peak_bytes(partial(once, variant, clock), device)
         if variant.compile_s is not None:
             entry["compile_s"] = round(variant.compile_s, 2)
         record["variants"][variant.name] = entry
@@ -378,20 +346,26 @@ def write(path: Path, key: str, record: dict) -> None:
 def table_of(op: str, records: dict[str, dict]) -> Table:
     """One row per case: our times, and how many times longer each baseline takes."""
     table = Table(title=f"{op}: ours in ms; baseline / ours, fwd+bwd", title_justify="left")
-    for column in ("case", "fwd", "bwd", "both"):
+    gpu = any("graph" in record for record in records.values())
+    columns = ("case", "fwd", "bwd", "both", *(["eager both"] if gpu else []))
+    for column in columns:
         table.add_column(column, justify="left" if column == "case" else "right")
     table.add_column("baseline / ours")
     table.add_column("bars")
     for name, record in records.items():
-        ours = record["variants"]["ours"]
-        times = [f"{ours[phase]['median']:.3g}" for phase in PHASES]
-        pairs = [f"{b} {r['both']['of_medians']:.2f}" for b, r in record["ratios"].items()]
+        eager = [record["variants"]["ours"][phase]["median"] for phase in PHASES]
+        graph = record.get("graph", {}).get("variants", {}).get("ours")
+        times = eager
+        if gpu:
+            fwd, both = (graph[p]["median"] if graph else float("nan") for p in ("forward", "both"))
+            times = [fwd, both - fwd, both, eager[-1]]
+        pairs = [f"{b} {ratio(record, b, 'both'):.2f}" for b in record["ratios"]]
         bars = [
             f"[{'green' if v['met'] else 'red'}]{bar} {v['got']:.2f}"
             f"{' met' if v['met'] else ' MISSED'} ({v['wanted']:.2f})[/]"
             for bar, v in record["bars"].items()
         ]
-        table.add_row(name, *times, ", ".join(pairs), "\n".join(bars))
+        table.add_row(name, *[f"{t:.3g}" for t in times], ", ".join(pairs), "\n".join(bars))
     return table
 
 

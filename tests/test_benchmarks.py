@@ -1,0 +1,122 @@
+"""The benchmarks' own machinery, with a stand-in for the GPU where it needs one."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import graphs
+import run
+
+from weightshare_kernels import _cases
+from weightshare_kernels.ops.sliced_linear import sliced_linear
+from weightshare_kernels.ops.sliced_linear.cases import dense, eager
+
+
+class FakeGraph:
+    """Replays what ran while it was captured."""
+
+    def replay(self):
+        self.run()
+
+
+class FakeEvent:
+    """Host time in place of the GPU's."""
+
+    def __init__(self, enable_timing):
+        pass
+
+    def record(self):
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end):
+        return 1e3 * (end.at - self.at)
+
+    def synchronize(self):
+        pass
+
+
+def waits(inputs):
+    """A baseline that cannot be captured."""
+
+    def forward():
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    return _cases.Workload(forward, [])
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Captures by keeping the function."""
+
+    def capture(function):
+        function()
+        graph = FakeGraph()
+        graph.run = function
+        return graph
+
+    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(graphs, "LEAST_SAMPLE", 0.0)
+    maker = graphs.Maker
+    monkeypatch.setattr(graphs, "Maker", lambda dtype, device, seed: maker(dtype, "cpu", seed))
+
+
+def case(**baselines):
+    def inputs(m):
+        made = {"x": m.randn(7, 12), "weight": m.randn(20, 16), "bias": m.randn(20)}
+        return {**made, "out": 10, "in_": 12}
+
+    bars = {name: 0.0 for name in baselines}
+    return _cases.Case(
+        "small", inputs, sliced_linear, eager, baselines, bars=bars, tier="bench",
+        flops=7 * 10 * 12 * 2, bytes=lambda itemsize: 100 * itemsize,
+    )  # fmt: skip
+
+
+def test_times_of_the_gpu_alone(gpu):
+    subject = case(dense=dense, waits=waits)
+    inputs = subject.inputs(_cases.Maker(torch.float32))
+    found = graphs.measure(subject, inputs, torch.float32, 4, time.monotonic() + 60, run.summary)
+    assert found["copies"] == graphs.MOST_COPIES
+    assert set(found["variants"]) == {"ours", "dense"}
+    assert found["failed"] == {"waits": "operation not permitted when stream is capturing"}
+    assert found["variants"]["ours"]["both"]["median"] > found["variants"]["ours"]["forward"]["p20"]
+    assert set(found["ratios"]["dense"]) == {"forward", "backward", "both"}
+    assert all(leaf.grad is None for leaf in _cases.leaves(inputs))
+
+
+def test_large_inputs_are_captured_once():
+    large = {"x": torch.empty(graphs.COLD // 4)}
+    assert graphs.copies_for(large) == 1
+    assert graphs.copies_for({"x": torch.empty(graphs.COLD // 8)}) == 2
+
+
+def test_bars_are_judged_on_the_gpus_times():
+    subject = case(dense=dense, waits=waits)
+    both = {"both": {"of_medians": 0.25}}
+    record = {
+        "ratios": {"dense": both, "waits": both},
+        "graph": {"ratios": {"dense": {"both": 2.0}}},
+        "variants": {},
+    }
+    verdicts = run.judge(subject, record)
+    assert verdicts["dense"]["got"] == 2.0 and verdicts["waits"]["got"] == 0.25
+    del record["graph"]
+    assert run.judge(subject, record)["dense"]["got"] == 0.25
+
+
+def test_a_run_writes_what_it_measured(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "every_case", lambda: {"sliced_linear": [case(dense=dense)]})
+    assert run.main(["--device", "cpu", "--rounds", "2", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*/sliced_linear.json")
+    record = json.loads(path.read_text())["cases"]["small"]
+    assert set(record["variants"]) == {"ours", "dense"} and "graph" not in record
+    assert record["variants"]["ours"]["saved_bytes"] > 0
