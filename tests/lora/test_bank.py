@@ -465,9 +465,9 @@ def test_wrong_banks():
         bank_of(model, max_rank=0)
     with pytest.raises(TypeError, match="max_adapters: expected an integer"):
         bank_of(model, max_adapters=2.0)
-    with pytest.raises(ValueError, match=r"shards must divide in_features of down_proj: 24 / 5"):
+    with pytest.raises(ValueError, match=r"shards must divide in_features of q_proj: 16 / 5"):
         bank_of(model, shards=5)
-    with pytest.raises(ValueError, match="pool_shards: expected a number of rows for down_proj"):
+    with pytest.raises(ValueError, match="pool_shards: expected a number of rows for k_proj"):
         bank_of(model, pool_shards={"q_proj": 10})
     assert not any(isinstance(m, BankLinear) for m in model.modules())
     mixed = Net(1)

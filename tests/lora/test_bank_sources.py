@@ -67,13 +67,37 @@ def test_scales(tmp_path):
     bank = bank_of(model)
     config, tensors = mos(plain, 1)
     x = torch.randn(2, 3, 16)
-    with pytest.raises(ValueError, match=r"do not say its scale; pass scale=alpha / r"):
+    with pytest.raises(ValueError, match="scale None; pass scale=alpha / r"):
         bank.add("bare", tensors)
     bank.add("bare", tensors, scale=0.25)
     bank.add("own", (config, tensors), scale=0.25)
     assert torch.equal(outputs(model, bank, "bare", x), outputs(model, bank, "own", x))
     exact = wanted(dense(plain, (config | {"alpha": 1.0}, tensors)), x)
     assert torch.allclose(outputs(model, bank, "bare", x).double(), exact, atol=1e-5)
+
+
+def test_layers_to_transform():
+    """Tables of some layers alone; the others are the model's."""
+    plain, model = net(), net()
+    bank = bank_of(model)
+    x = torch.randn(2, 3, 16)
+    config, tensors = mos(net(2), 1, r=3)
+    whole = dict(tensors)
+    for kind in TYPES:
+        for side in "ab":
+            table = tensors[f"{kind}.{side}_index"]
+            zero = len(tensors[f"{kind}.{side}"])
+            whole[f"{kind}.{side}_index"] = torch.stack(
+                [table[0], torch.full_like(table[0], zero), table[1]]
+            )
+            pool = tensors[f"{kind}.{side}"]
+            whole[f"{kind}.{side}"] = torch.cat([pool, torch.zeros(1, pool.shape[1])])
+    bank.add("some", (config | {"layers_to_transform": [0, 2]}, tensors))
+    exact = wanted(dense(plain, (config, whole)), x)
+    assert torch.allclose(outputs(model, bank, "some", x).double(), exact, atol=1e-5)
+    for layers in ({"layers_to_transform": 1}, {"layers_to_transform": [0, 7]}):
+        with pytest.raises(ValueError, match="the model has 3 layers"):
+            bank.add("bad", (config | layers, tensors))
 
 
 def test_lora_scales_of_modules():

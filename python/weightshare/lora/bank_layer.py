@@ -60,6 +60,8 @@ class Batch:
             return self._make(shape)
         found = self._groups.get(shape)
         if found is None:
+            if len(self._groups) >= 8:  # prompts of ever new lengths
+                self._groups.clear()
             with torch.inference_mode(False):  # kept for passes that may have gradients
                 found = self._groups[shape] = self._make(shape)
         return found

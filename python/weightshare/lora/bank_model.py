@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def find(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Module]:
-    """Layers that match, by path."""
+    """Layers that match, by path, in the model's order."""
     found = {}
     for path, module in model.named_modules():
         if isinstance(wanted, str):
@@ -31,12 +31,7 @@ def find(model: nn.Module, wanted: str | Sequence[str]) -> dict[str, nn.Module]:
             found[path] = module
     if not found:
         raise ValueError(f"target_modules: no layer of {type(model).__name__} matches {wanted!r}")
-    return dict(sorted(found.items(), key=lambda item: _natural(item[0])))
-
-
-def _natural(path: str) -> list:
-    """Sorts ``layers.10`` behind ``layers.9``."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in path.split(".")]
+    return found
 
 
 def targets_of(found: Mapping[str, nn.Module]) -> dict[str, Target]:

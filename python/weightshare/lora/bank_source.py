@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -82,9 +83,10 @@ def read(
         )
     weights, own = _READERS[kind](name, config, tensors, targets)
     scale = own if scale is None else float(scale)
-    if scale is None:
+    if scale is None or not math.isfinite(scale):
         raise ValueError(
-            f"adapter {name!r}: tensors alone do not say its scale; pass scale=alpha / r"
+            f"adapter {name!r}: has scale {scale}; pass scale=alpha / r, which tensors alone do "
+            "not say"
         )
     return Adapter(
         {kind: _cut(name, targets[kind], part, shards) for kind, part in weights.items()}, scale
@@ -98,20 +100,36 @@ def _mos(name: str, config, tensors, targets) -> tuple[dict[str, Weights], float
         kind, _, part = key.rpartition(".")
         if part not in PARTS or not kind:
             raise ValueError(
-                f"adapter {name!r}: has a tensor {key!r}; expected TYPE.a, TYPE.b, TYPE.a_index "
-                "and TYPE.b_index for each projection type"
+                f"adapter {name!r}: has a tensor {key!r}; a bank serves TYPE.a, TYPE.b, "
+                "TYPE.a_index and TYPE.b_index of projection types alone (no modules_to_save)"
             )
         found.setdefault(kind, {})[part] = tensor
-    weights, rank = {}, None
+    weights = {}
     for kind, parts in found.items():
         if kind not in targets:
             _unknown(name, kind, config, targets)
         if missing := [part for part in PARTS if part not in parts]:
             raise ValueError(f"adapter {name!r}: {kind} lacks {', '.join(missing)}")
-        rank = parts["a_index"].shape[1] if parts["a_index"].dim() == 3 else None
-        weights[kind] = Weights(**parts)
-    rank = config.get("r", rank)
-    return weights, None if "alpha" not in config else float(config["alpha"]) / rank
+        weights[kind] = _spread(Weights(**parts), targets[kind], config)
+    return weights, float(config["alpha"]) / int(config["r"]) if "alpha" in config else None
+
+
+def _spread(weights: Weights, target: Target, config) -> Weights:
+    """Tables of all layers of an adapter that was made for some; the others' name no shards."""
+    numbers = config.get("layers_to_transform")
+    if numbers is None:
+        return weights
+    numbers = [numbers] if isinstance(numbers, int) else numbers
+    lists = config.get("layers_pattern") or [r"[^.]*"]
+    lists = "|".join([lists] if isinstance(lists, str) else lists)
+    found = [re.match(rf"(?:.*\.)?(?:{lists})\.(\d+)\.", path) for path in target.paths]
+    mine = torch.tensor([m is not None and int(m[1]) in numbers for m in found])
+    tables = weights.a_index, weights.b_index
+    if any(t.dim() != 3 or t.shape[0] != int(mine.sum()) for t in tables):
+        return weights  # refused by what comes next
+    a, b = [t.new_full((len(mine), *t.shape[1:]), -1) for t in tables]
+    a[mine], b[mine] = tables
+    return Weights(weights.a, weights.b, a, b)
 
 
 _LORA_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
