@@ -237,6 +237,40 @@ def test_folders_that_peft_saved(tmp_path, served):
     assert (got - merged[None](ids).logits).abs().amax((1, 2)).gt(1e-3).tolist() == [1, 1, 0, 1]
 
 
+def test_folders_that_the_tuner_saved(tmp_path, served):
+    """Mixtures of Shards trained in PEFT, of some layers alone as well, against the tuner's own."""
+    peft = pytest.importorskip("peft")
+    from weightshare.lora import MoSConfig
+
+    _, _, merged = served
+    config = {"shards": 4, "target_modules": list(TYPES), "alpha": 2}
+    first = MoSConfig(r=4, equivalent_rank=2, **config)
+    theirs = peft.get_peft_model(copy.deepcopy(merged[None]), first, "x")
+    theirs.add_adapter("y", MoSConfig(r=6, equivalent_rank=3, seed=1, **config))
+    torch.manual_seed(3)
+    for name, weight in theirs.named_parameters():
+        if name.endswith(".b"):
+            weight.data = torch.randn_like(weight) / weight.shape[1]
+    theirs.eval().save_pretrained(tmp_path)
+    some = MoSConfig(r=4, equivalent_rank=2, layers_to_transform=[0, 2], private_rank=0, **config)
+    part = peft.get_peft_model(copy.deepcopy(merged[None]), some, "z").eval()
+    for name, weight in part.named_parameters():
+        if name.endswith(".b"):
+            weight.data = torch.randn_like(weight) / weight.shape[1]
+    part.save_pretrained(tmp_path)
+    model = copy.deepcopy(merged[None])
+    bank = AdapterBank(model, TYPES, max_adapters=3, max_rank=6, shards=8)
+    for name in "xyz":
+        bank.add(name, tmp_path / name)
+    ids = prompts(4)
+    with torch.no_grad(), bank.batch(["y", "x", None, "z"]):
+        got = model(ids).logits
+        exact = theirs(ids, adapter_names=["y", "x", "__base__", "y"]).logits
+        exact[3:] = part(ids[3:]).logits
+    assert torch.allclose(got, exact, atol=2e-5)
+    assert (got - merged[None](ids).logits).abs().amax((1, 2)).gt(1e-3).tolist() == [1, 1, 0, 1]
+
+
 def test_compiled_without_breaks():
     plain, model = net(1), net(1)
     adapters = {"one": mos(plain, 1, r=2), "two": mos(plain, 2, r=2)}
