@@ -1,5 +1,6 @@
 """AdapterBank: what it computes, and what it holds while adapters come and go."""
 
+import copy
 import sys
 import threading
 from pathlib import Path
@@ -221,6 +222,20 @@ def test_weights_of_a_layer_are_found_through_it(served):
     assert layer.weight is layer.base.weight and layer.in_features == 16
     with pytest.raises(AttributeError, match="nothing"):
         layer.nothing  # noqa: B018
+
+
+def test_state_dicts_are_the_models_own(served):
+    model, plain, bank, adapters = served
+    state = model.state_dict()
+    assert list(state) == list(plain.state_dict())
+    other = net(seed=9).state_dict()
+    model.load_state_dict(other)
+    plain.load_state_dict(other)
+    expect(model, plain, bank, adapters, ["one", None])
+    with pytest.raises(RuntimeError, match=r"Missing key.*q_proj"):
+        model.load_state_dict({k: v for k, v in other.items() if "q_proj" not in k})
+    with pytest.raises(TypeError, match=r"cannot be copied.*detach\(\)"):
+        copy.deepcopy(model)
 
 
 # -- Coming and going -----------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -296,6 +297,9 @@ class AdapterBank:
             if self._model is not None:
                 replace(self._model, {id(layer): layer.base for layer in self._layers})
             self._model = None
+
+    def __reduce_ex__(self, protocol) -> NoReturn:
+        raise TypeError("a bank cannot be copied or saved; detach() it from the model first")
 
     # -- Inside ---------------------------------------------------------------------------------
 

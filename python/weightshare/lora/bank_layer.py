@@ -97,7 +97,8 @@ class Batch:
 class BankLinear(nn.Module):
     """A layer of the model together with the adapters of a bank.
 
-    Attributes of the layer itself, such as ``weight``, are found here, too.
+    Attributes of the layer itself, such as ``weight``, are found here, too, and in state dicts it
+    keeps its name.
     """
 
     def __init__(self, base: nn.Module, bank: AdapterBank, slab: Slab, layer: int):
@@ -105,6 +106,11 @@ class BankLinear(nn.Module):
         self.base, self.layer, self.training = base, layer, base.training
         self.bank, self.slab = bank, slab
         self.siblings: Siblings | None = None
+        self.register_load_state_dict_pre_hook(_below)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own."""
+        return self.base.state_dict(*args, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, plus what the adapter of each row adds."""
@@ -126,6 +132,12 @@ class BankLinear(nn.Module):
     def extra_repr(self) -> str:
         """Which layer of its type this is."""
         return f"{self.slab.target.name}, layer={self.layer}"
+
+
+def _below(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Names in a state dict that is loaded, from those of the layer to those below this module."""
+    for name in [name for name in state if name.startswith(prefix)]:
+        state[f"{prefix}base.{name.removeprefix(prefix)}"] = state.pop(name)
 
 
 class Siblings:
