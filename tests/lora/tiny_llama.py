@@ -14,7 +14,7 @@ def base(dtype=torch.float64, layers=4, hidden=32):
     config = LlamaConfig(
         vocab_size=64,
         hidden_size=hidden,
-        intermediate_size=48,
+        intermediate_size={32: 48, 64: 128}[hidden],
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -53,8 +53,7 @@ def add(model, name, seed, **changes):
 def gradients(model, loss):
     """Gradients of all pools by name; those that got none are zero."""
     pools = {n: p for n, p in model.named_parameters() if "mos_pools" in n}
-    found = torch.autograd.grad(loss, list(pools.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(pool) if grad is None else grad
-        for (name, pool), grad in zip(pools.items(), found, strict=True)
-    }
+    learning = {n: p for n, p in pools.items() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(learning.values()), allow_unused=True)
+    given = {n: grad for n, grad in zip(learning, found, strict=True) if grad is not None}
+    return {n: given.get(n, torch.zeros_like(p)) for n, p in pools.items()}

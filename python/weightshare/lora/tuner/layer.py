@@ -142,6 +142,18 @@ class MoSLayer(nn.Module, BaseTunerLayer):
         delta = self.pool_of(adapter).delta(self.mos_layer[adapter], self.mos_scale[adapter])
         return delta.t() if self.transposed else delta
 
+    def get_base_weight(self) -> Tensor:
+        """The weight of the base module, as floats."""
+        base: Any = self.get_base_layer()
+        if self.quantization_backend is not None:
+            # bitsandbytes lays 4-bit weights out anew when it infers on a CPU. Asking for the state
+            # undoes that, but (as of 0.50) leaves scales that were not quantised as a matrix.
+            base.state_dict()
+            state = getattr(base.weight, "quant_state", None)
+            if state is not None and state.absmax.dim() == 2:
+                state.absmax = state.absmax.t().reshape(-1).float()
+        return super().get_base_weight()
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add updates to the weight of the base module; what it was is kept for :meth:`unmerge`.
@@ -153,16 +165,18 @@ class MoSLayer(nn.Module, BaseTunerLayer):
         names = [name for name in names if name in self.mos_pools]
         if not names:
             return
+        kept = self._kept or _Kept(self)  # before the weight is looked at, see get_base_weight
         total = self.get_base_weight()
         dtype = total.dtype
         for name in names:
             total = total + self.get_delta_weight(name).to(total.device)
         if safe_merge and not total.isfinite().all():
+            if self._kept is None:
+                kept.restore(self)
             raise ValueError(
                 f"merging {names} into {self.key[0]} gives weights that are not finite"
             )
-        if self._kept is None:
-            self._kept = _Kept(self)
+        self._kept = kept
         if self.quantization_backend is None:
             self.weight.copy_(total)
         else:
@@ -211,20 +225,23 @@ class _Kept:
 
     def __init__(self, layer: MoSLayer):
         base: Any = layer.get_base_layer()
-        self.base_layer, self.weight = layer.base_layer, base.weight
-        if layer.quantization_backend is None:
-            self.values = base.weight.detach().clone()
-        else:  # merging makes a new parameter, but touches the attributes of the old one
+        self.plain = layer.quantization_backend is None
+        self.base_layer, self.weight, self.values = layer.base_layer, base.weight, base.weight.data
+        if self.plain:
+            self.values = self.values.clone()
+        else:  # merging makes a new parameter, but changes the states of the old one in place
             self.attributes = dict(base.weight.__dict__)
+            if "quant_state" in self.attributes:
+                self.attributes["quant_state"] = copy.copy(base.weight.quant_state)
             self.state = copy.copy(getattr(base, "state", None))
 
     def restore(self, layer: MoSLayer) -> None:
-        if layer.quantization_backend is None:
+        if self.plain:
             self.weight.copy_(self.values)
             return
         layer.base_layer = self.base_layer
         base: Any = layer.get_base_layer()
-        base.weight = self.weight
+        base.weight, base.weight.data = self.weight, self.values
         base.weight.__dict__.clear()
         base.weight.__dict__.update(self.attributes)
         if self.state is not None:
