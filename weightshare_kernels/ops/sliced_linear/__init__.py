@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from weightshare_kernels import _checks, _collect
+from weightshare_kernels import _checks, _collect, _config
 from weightshare_kernels._register import define, lean
 from weightshare_kernels._select import Axis, Selection, select, view
 from weightshare_kernels.ops.sliced_linear import reference
@@ -131,17 +131,36 @@ def _slice(rows: Axis, cols: Axis) -> tuple:
     return rows.index, cols.index, rows.start, rows.length, cols.start, cols.length
 
 
+_TORCH_ON_GPUS = _config.get("WEIGHTSHARE_BACKEND") in ("auto", "cuda")
+
+
+def _plainly(x: Tensor, rows: Axis, cols: Axis) -> bool:
+    """Tell whether PyTorch's own product serves: of spans on a GPU, where cuBLAS takes strides.
+
+    Our kernels are for tables there. On a CPU ours also pack the weight and fill warm memory.
+    """
+    return x.is_cuda and _TORCH_ON_GPUS and rows.index is None and cols.index is None
+
+
 def _compute(x: Tensor, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> Tensor:
+    if _plainly(x, rows, cols):
+        bias = None if bias is None else view(bias, 0, rows).to(x.dtype)
+        return torch.nn.functional.linear(x, _part(weight, rows, cols).to(x.dtype), bias)
     if weight.dtype == x.dtype:
         return _forward(x, weight, bias, *_slice(rows, cols))
     bias = None if bias is None else bias.to(x.dtype)
     return _forward(x, *_as(x.dtype, weight, bias, rows, cols))
 
 
+def _part(weight: Tensor, rows: Axis, cols: Axis) -> Tensor:
+    """Spans of a weight, as a view."""
+    return view(view(weight, 0, rows), 1, cols)
+
+
 def _as(dtype: torch.dtype, weight: Tensor, bias: Tensor | None, rows: Axis, cols: Axis) -> tuple:
     """Weight, bias and slice as the schema takes them, cast; of spans the slice alone is cast."""
     if rows.index is None and cols.index is None:
-        weight = view(view(weight, 0, rows), 1, cols)
+        weight = _part(weight, rows, cols)
         bias = None if bias is None else view(bias, 0, rows)
         rows, cols = Axis(0, rows.length, None), Axis(0, cols.length, None)
     return weight.to(dtype), bias, *_slice(rows, cols)
@@ -182,8 +201,11 @@ class _SlicedLinear(Function):
             return _differentiable_gradients(ctx, grad, x, weight)
         rows, cols = ctx.axes
         part = _slice(rows, cols)
+        plainly = _plainly(grad, rows, cols)
         dx = dw = db = None
-        if wants_x and weight.dtype == grad.dtype:
+        if wants_x and plainly:
+            dx = grad @ _part(weight, rows, cols).to(grad.dtype)
+        elif wants_x and weight.dtype == grad.dtype:
             dx = _grad_x(grad, weight, *part)
         elif wants_x:
             weight, _, *cast = _as(grad.dtype, weight, None, rows, cols)
@@ -193,7 +215,10 @@ class _SlicedLinear(Function):
         elif wants_weight and _collect.wanted(accumulator := ctx.next_functions[1][0]):
             buffer, accumulate = ctx.collector.open(ctx.weight, accumulator)
             size = ctx.bias_size if wants_bias else 0
-            db = _grad_weight_(buffer, grad, x, *part, accumulate, size)
+            if plainly and buffer.dtype == grad.dtype == x.dtype:
+                _add_product(buffer, grad, x, rows, cols, accumulate)
+            else:
+                db = _grad_weight_(buffer, grad, x, *part, accumulate, size)
             del buffer  # autograd takes a gradient over as it is only from its sole owner
             dw = ctx.collector.close(ctx.weight.dtype)
         if not wants_bias:
@@ -211,7 +236,7 @@ def _differentiable_gradients(ctx, grad, x, weight):
     rows, cols = ctx.axes
     dx = dw = db = None
     if ctx.needs_input_grad[0]:
-        part = view(view(weight, 0, rows), 1, cols).to(grad.dtype)
+        part = view(view(weight, 0, rows), 1, cols).to(grad.dtype)  # an axis with a table is whole
         dx = reference.grad_x(grad, part, rows.index, cols.index)
     if ctx.needs_input_grad[1]:
         dw = _collect.padded(_product(grad, x), ctx.weight.shape, rows, cols)
@@ -222,6 +247,18 @@ def _differentiable_gradients(ctx, grad, x, weight):
 
 def _product(grad: Tensor, x: Tensor) -> Tensor:
     return grad.flatten(0, -2).t() @ x.flatten(0, -2)
+
+
+def _add_product(buffer: Tensor, grad: Tensor, x: Tensor, rows: Axis, cols: Axis, accumulate: bool):
+    """``buffer[rows, cols] (+)= grad^T x``, zero elsewhere, by PyTorch's product."""
+    target = _part(buffer, rows, cols)
+    grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+    if accumulate:
+        target.addmm_(grad.t(), x)
+        return
+    if target is not buffer:
+        buffer.zero_()
+    torch.mm(grad.t(), x, out=target)
 
 
 def _bias_gradient(grad: Tensor, rows: Axis, size: int) -> Tensor:
