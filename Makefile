@@ -38,7 +38,7 @@ $(VENV)/.torch: constraints/torch-cpu.txt constraints/torch-cuda.txt constraints
 $(VENV)/.package: $(VENV)/.torch pyproject.toml setup.py
 	@echo "installing the package and its tools"
 	@WEIGHTSHARE_BUILD=none $(PIP) install -qq --no-build-isolation -c constraints/tools.txt \
-	  -e '.[test,bench,demo,search,transformers]'
+	  -e '.[test,bench,demo,search,transformers,peft]'
 	@touch $@
 
 $(VENV)/.native: $(VENV)/.package $(NATIVE)
