@@ -182,6 +182,108 @@ def decode_workload(make: Callable, inputs: Inputs) -> Workload:
     return one_times(no_grad(lambda: step(x)))
 
 
+# -- One layer, without what its base costs --------------------------------------------------------
+
+LAYER_RANK, LAYER_SHARDS, LAYER_ADAPTERS, LAYER_ROWS = 32, 8, 64, 64
+
+
+class Quiet(nn.Linear):
+    """A linear layer whose product is left out: gives zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros, for any x."""
+        return x.new_zeros(*x.shape[:-1], self.out_features)
+
+
+def layer_inputs(d: int):
+    """Rows, the adapter of each (Zipf), and one layer in a model of its own."""
+    ranks = dict(r=LAYER_RANK, equivalent_rank=LAYER_RANK, private_rank=LAYER_RANK)
+
+    def make(m: Maker) -> Inputs:
+        widths = {"q_proj": (d, d)}
+        weights = 1 / torch.arange(1, LAYER_ADAPTERS + 1, dtype=torch.float64)
+        base = nn.ModuleDict({"q_proj": Quiet(d, d, bias=False, device=m.device, dtype=m.dtype)})
+        return {
+            "x": m.randn(LAYER_ROWS, d),
+            "ids": weights.multinomial(LAYER_ROWS, True, generator=m.generator).tolist(),
+            "base": base.requires_grad_(False),
+            "adapters": [
+                mixture(m, widths, 1, seed, **ranks, shards=LAYER_SHARDS)
+                for seed in range(LAYER_ADAPTERS)
+            ],
+        }
+
+    return make
+
+
+def layer_banked(ids, base, adapters) -> Callable:
+    """The layer in an AdapterBank."""
+    from weightshare.lora import AdapterBank
+
+    model = nn.ModuleDict({"q_proj": base["q_proj"]})
+    sizes = dict(max_rank=LAYER_RANK, shards=LAYER_SHARDS)
+    bank = AdapterBank(model, ["q_proj"], max_adapters=LAYER_ADAPTERS, **sizes)
+    for n, adapter in enumerate(adapters):
+        bank.add(f"adapter{n}", adapter, scale=ALPHA / LAYER_RANK)
+    names = [f"adapter{n}" for n in ids]
+
+    def call(x: Tensor) -> Tensor:
+        with bank.batch(names):
+            return model["q_proj"](x)
+
+    return call
+
+
+def layer_pefted(ids, base, adapters) -> Callable:
+    """The layer in PEFT."""
+    from peft import LoraConfig
+    from peft.tuners.lora import Linear
+
+    first, *rest = [f"adapter{n}" for n in range(len(adapters))]
+    config = LoraConfig(r=LAYER_RANK, lora_alpha=ALPHA)
+    layer = Linear(base["q_proj"], first, config, r=LAYER_RANK, lora_alpha=ALPHA)
+    for name in rest:
+        layer.update_layer(name, LAYER_RANK, lora_alpha=ALPHA, config=config)
+    for name, adapter in zip((first, *rest), adapters, strict=True):
+        a, b = matrices(adapter, "q_proj", 0)
+        layer.lora_A[name].weight.data = a.clone()
+        layer.lora_B[name].weight.data = b.contiguous()
+    return partial(layer.eval(), adapter_names=[f"adapter{n}" for n in ids])
+
+
+def layer(x, ids, base, adapters) -> Tensor:
+    """The layer's update through the bank."""
+    return layer_banked(ids, base, adapters)(x)
+
+
+def layer_define(x, ids, base, adapters) -> Tensor:
+    rows = []
+    for row, n in zip(x.unbind(), ids, strict=True):
+        a, b = matrices(adapters[n], "q_proj", 0)
+        rows.append(ALPHA / LAYER_RANK * b.to(x.dtype) @ (a.to(x.dtype) @ row))
+    return torch.stack(rows)
+
+
+def layer_workload(make: Callable, inputs: Inputs) -> Workload:
+    fixed = {name: value for name, value in inputs.items() if name != "x"}
+    x, call = inputs["x"].detach(), make(**fixed)
+    return one_times(no_grad(lambda: call(x)))
+
+
+def _layer_case(d: int, bar: float) -> Case:
+    return Case(
+        f"mixed_64_adapters_d{d}",
+        layer_inputs(d),
+        layer,
+        layer_define,
+        {"peft": partial(layer_workload, layer_pefted)},
+        ours=partial(layer_workload, layer_banked),
+        flops=4 * LAYER_ROWS * LAYER_RANK * d,
+        bars={"peft:forward": bar},
+        tier="bench",
+    )
+
+
 # -- A swap ----------------------------------------------------------------------------------------
 
 LLAMA_8B = dict.fromkeys(("q_proj", "o_proj"), (4096, 4096))
@@ -313,6 +415,8 @@ CASES = [
         bars={"peft:forward": 2.0},
         tier="bench",
     ),
+    _layer_case(1024, 4.0),
+    _layer_case(4096, 1.5),
     Case(
         "adapter_swap_8b",
         swap_inputs,
