@@ -34,17 +34,6 @@ Stack<const T> stack(const Tensor& t) {
   return {pointer<T>(t), t.stride(0), t.stride(1), t.stride(2)};
 }
 
-const int64_t* integers(const Tensor& t, int64_t size, const char* name) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == size,
-                  name, ": expected a contiguous int64 tensor of ", size, " elements");
-  return pointer<int64_t>(t);
-}
-
-// Rows that run along their columns; a copy where the strides leave no choice.
-Tensor rows_as_they_lie(const Tensor& t) {
-  return t.stride(1) == 1 || t.size(1) == 1 ? t : torch::stable::contiguous(t);
-}
-
 // The rows of the routing: their pairs, tokens and gates; a table's values are checked.
 template <class T>
 void read_routes(Problem<T>& p, const Routes& routes) {
@@ -97,25 +86,6 @@ void describe(Problem<T>& p, const Tensor& x, const Tensor& gate_up, const Tenso
                       m.width <= m.f && routes.gates.size(0) == m.tokens,
                   "moe_mlp: shapes do not fit");
   read_routes(p, routes);
-}
-
-// body(part, parts) on all threads, of which few are used for little work.
-template <class F>
-void on_threads(double work, const F& body) {
-  const int64_t threads = std::max<int64_t>(
-      1, std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(work / 32768)));
-  if (threads == 1) return body(int64_t{0}, int64_t{1});
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t part = begin; part < end; ++part) body(part, threads);
-  });
-}
-
-// A part of n columns, in whole cache lines.
-std::pair<int64_t, int64_t> columns(int64_t n, int64_t part, int64_t parts) {
-  constexpr int64_t kLine = 32;
-  const int64_t lines = (n + kLine - 1) / kLine;
-  return {std::min(n, lines * part / parts * kLine),
-          std::min(n, lines * (part + 1) / parts * kLine)};
 }
 
 // A result summed by columns, through `sums` where its dtype is lower.

@@ -4,6 +4,7 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <array>
+#include <utility>
 #include <vector>
 
 #include "bindings/tensor.h"
@@ -131,6 +132,37 @@ void run(const Product<T, R>& p, Cut cut, const Part& part) {
 template <class T, class R>
 void run(const Product<T, R>& p) {
   run(p, cut_for(p.m, p.n, p.k), [](const Product<T, R>& whole, int64_t) { return whole; });
+}
+
+// Pointer to a table of integers whose values are yet to be checked.
+inline const int64_t* integers(const Tensor& t, int64_t size, const char* name) {
+  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Long && t.is_contiguous() && t.numel() == size,
+                  name, ": expected a contiguous int64 tensor of ", size, " elements");
+  return pointer<int64_t>(t);
+}
+
+// Rows that run along their columns; a copy where the strides leave no choice.
+inline Tensor rows_as_they_lie(const Tensor& t) {
+  return t.stride(1) == 1 || t.size(1) == 1 ? t : torch::stable::contiguous(t);
+}
+
+// body(part, parts) on all threads, of which few are used for little work.
+template <class F>
+void on_threads(double work, const F& body) {
+  const int64_t threads = std::max<int64_t>(
+      1, std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(work / 32768)));
+  if (threads == 1) return body(int64_t{0}, int64_t{1});
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) body(part, threads);
+  });
+}
+
+// A part of n columns, in whole cache lines.
+inline std::pair<int64_t, int64_t> columns(int64_t n, int64_t part, int64_t parts) {
+  constexpr int64_t kLine = 32;
+  const int64_t lines = (n + kLine - 1) / kLine;
+  return {std::min(n, lines * part / parts * kLine),
+          std::min(n, lines * (part + 1) / parts * kLine)};
 }
 
 template <size_t N>

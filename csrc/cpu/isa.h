@@ -18,6 +18,7 @@
 #include "cpu/moe.h"
 #include "cpu/product.h"
 #include "cpu/route.h"
+#include "cpu/shard.h"
 
 #define WS_PAIRS 0
 namespace weightshare::baseline {
@@ -28,6 +29,7 @@ namespace weightshare::baseline {
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
 #include "cpu/moe.inl"
+#include "cpu/shard.inl"
 #include "cpu/route_score.inl"
 #include "cpu/route.inl"
 #undef WS_BYTES
@@ -49,6 +51,7 @@ namespace weightshare::avx2 {
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
 #include "cpu/moe.inl"
+#include "cpu/shard.inl"
 #include "cpu/route_score.inl"
 #include "cpu/route.inl"
 #undef WS_BYTES
@@ -72,6 +75,7 @@ namespace weightshare::avx512 {
 #include "cpu/entangle.inl"
 #include "cpu/grouped.inl"
 #include "cpu/moe.inl"
+#include "cpu/shard.inl"
 #include "cpu/route_score.inl"
 #include "cpu/route.inl"
 #undef WS_BYTES
@@ -97,6 +101,7 @@ namespace weightshare::avx512bf16 {  // only what multiplies bfloat16 in pairs i
 #include "cpu/product.inl"
 #include "cpu/grouped.inl"
 #include "cpu/moe.inl"
+#include "cpu/shard.inl"
 #undef WS_BYTES
 #undef WS_ROWS
 }  // namespace weightshare::avx512bf16

@@ -1,0 +1,5 @@
+// The kernels of shard.h for one instruction set; included once per set by isa.h.
+
+#include "cpu/shard_lanes.inl"
+#include "cpu/shard_shrink.inl"
+#include "cpu/shard_combine.inl"
