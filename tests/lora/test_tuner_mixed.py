@@ -107,6 +107,36 @@ def test_copies_of_pools_are_kept_while_they_last(monkeypatch):
     assert model.base_model._stacks is None
 
 
+def test_absent_shards_and_all_rows_without_an_adapter():
+    model = tiny.adapted().eval()
+    tiny.add(model, "b", 4, shards=2, r=3)
+    wanted = model(IDS, adapter_names=["b", "default", "b", "b"]).logits
+    pool = model.base_model.mos_pools["b"]["q_proj"]
+    with torch.no_grad():
+        pool.a_index[1, 0, 0] = -1  # no shard: zeros, in every way of computing it
+    got = model(IDS, adapter_names=["b", "default", "b", "b"]).logits
+    torch.testing.assert_close(got[1], wanted[1])
+    model.set_adapter("b")
+    torch.testing.assert_close(got[2:], model(IDS[2:]).logits)
+    model.merge_adapter()
+    torch.testing.assert_close(got[2:], model(IDS[2:]).logits)
+    model.unmerge_adapter()
+    none = model(IDS, adapter_names=["__base__"] * len(IDS)).logits
+    assert torch.equal(none, tiny.base()(IDS).logits)
+
+
+def test_inference_mode_and_training_take_turns():
+    model = three().eval()
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        wanted = model(IDS, adapter_names=NAMES).logits
+    embedded = model.get_input_embeddings()(IDS).requires_grad_()
+    out = model(inputs_embeds=embedded, adapter_names=NAMES).logits
+    torch.testing.assert_close(out, wanted.clone())
+    out.sum().backward()
+    assert embedded.grad.abs().max() > 0
+
+
 def test_dropout_of_each_adapter():
     model = tiny.adapted(dropout=0.5)
     tiny.add(model, "b", 4, dropout=0.0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from weightshare.lora.plan import ShardPlan
+from weightshare_kernels.ops.shard_lora.reference import matrix
 
 
 class ShardPool(nn.Module):
@@ -58,11 +59,11 @@ class ShardPool(nn.Module):
 
     def a_matrix(self, layer: int) -> Tensor:
         """A ``[r, d_in]`` of a layer."""
-        return self.a[self.a_index[layer].long()].flatten(1)
+        return matrix(self.a, self.a_index[layer])
 
     def b_matrix(self, layer: int) -> Tensor:
         """The transpose of B, ``[r, d_out]``, of a layer: its rows are what is put together."""
-        return self.b[self.b_index[layer].long()].flatten(1)
+        return matrix(self.b, self.b_index[layer])
 
     def delta(self, layer: int, scale: float) -> Tensor:
         """What the layer adds to its weight: ``scale * B A``, ``[d_out, d_in]``.

@@ -64,11 +64,10 @@ def load_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, T
 
     Raises:
         FileNotFoundError: a file is missing; the message names it.
+        ImportError: safetensors is not installed.
         ValueError: a file is not what its name says.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
+    SafetensorError, torch_files = _safetensors()
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -80,7 +79,7 @@ def load_adapter(folder: str | os.PathLike) -> tuple[dict[str, Any], dict[str, T
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG}: expected an object, got {type(config).__name__}")
     try:
-        return config, load_file(folder / WEIGHTS)
+        return config, torch_files.load_file(folder / WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is not a safetensors file: {error}") from error
 
@@ -120,20 +119,30 @@ class _Replacements:
                 Path(temporary).unlink(missing_ok=True)
 
 
+def _safetensors() -> tuple[type[Exception], Any]:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            "adapter folders need safetensors: pip install safetensors (it comes with PEFT and "
+            "with transformers)"
+        ) from error
+    return safetensors.SafetensorError, safetensors.torch
+
+
 def _json(config: Mapping[str, Any]) -> str:
     return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
 
 def _write_tensors(path: str, tensors: Mapping[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
+    _, torch_files = _safetensors()
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     seen: set[int] = set()
     for name, tensor in whole.items():
         if tensor.numel() and tensor.untyped_storage().data_ptr() in seen:
             whole[name] = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
-    save_file(whole, path, metadata={"format": "pt"})
+    torch_files.save_file(whole, path, metadata={"format": "pt"})
 
 
 def _sync(folder: Path) -> None:

@@ -103,7 +103,8 @@ class MoSLayer(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.running.batch is not None:
             return self._mixed(x, y, self.running.batch)
-        if self.running.mixed and torch._C._current_graph_task_id() != -1:
+        lost = self.running.mixed and not torch.compiler.is_compiling()
+        if lost and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "a layer is computed anew in backward, but which adapters its rows use is not "
                 "known any more; checkpoint with model.gradient_checkpointing_enable() of "

@@ -53,7 +53,9 @@ def _laid(sides: Sequence, rank: int) -> tuple[Tensor, list[Tensor | None]]:
         pieces = shard.shape[1] // width
         parts.append(shard if pieces == 1 else shard.reshape(-1, width))
         inside = torch.arange(pieces, dtype=torch.int32, device=table.device)
-        fine = (table[..., None] * pieces + inside).flatten(-2) + first
+        fine = first + table[..., None] * pieces + inside
+        there = ((table >= 0) & (table < shard.shape[0]))[..., None]
+        fine = torch.where(there, fine, -1).flatten(-2)  # no shard stays none
         tables.append(F.pad(fine, (0, 0, 0, rank - fine.shape[1]), value=-1))
         first += parts[-1].shape[0]
     return parts[0] if len(parts) == 1 else torch.cat(parts), tables

@@ -154,9 +154,7 @@ class MoSModel(BaseTuner):
     ) -> dict[str, Tensor]:
         # Not by filtering keys: an adapter may have the name of a type or of a tensor.
         prefix, own = _state_of(model, adapter_name)
-        return {
-            key: state_dict.get(key, own[key.removeprefix(prefix)]) for key in _keys(prefix, own)
-        }
+        return {prefix + key: state_dict.get(prefix + key, value) for key, value in own.items()}
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -220,13 +218,18 @@ class MoSModel(BaseTuner):
         return MixedBatch(names, pools, scales, dropouts, device, self._stacked(pools))
 
     def _stacked(self, pools) -> dict[Key, Stack]:
-        """The pools side by side: anew where gradients go through, else kept while they last."""
+        """The pools side by side: anew where gradients go through, else kept while they last.
+
+        What is kept is a copy of the pools; :class:`weightshare.lora.AdapterBank` needs none.
+        """
         tensors = [
             getattr(p, part) for mine in pools.values() for p in mine.values() for part in PARTS
         ]
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        learns = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+        if learns or any(t.is_inference() for t in tensors):  # these have no version
             return stacked(pools)
-        state = *pools, *[(id(t), t._version, t.data_ptr()) for t in tensors]
+        versions = [(id(t), t._version, t.data_ptr()) for t in tensors]
+        state = torch.is_inference_mode_enabled(), *pools, *versions
         if self._stacks is None or self._stacks[0] != state:
             self._stacks = state, stacked(pools)
         return self._stacks[1]
@@ -289,10 +292,6 @@ def _state_of(model: nn.Module, adapter_name: str) -> tuple[str, dict[str, Tenso
     name = next(name for name, module in model.named_modules() if isinstance(module, MoSModel))
     pools = _tuner(model).mos_pools[adapter_name]
     return f"{name}.mos_pools.{adapter_name}.".lstrip("."), pools.state_dict()
-
-
-def _keys(prefix: str, own) -> list[str]:
-    return [prefix + key for key in own]
 
 
 def is_ours(key: str) -> bool:
