@@ -86,6 +86,28 @@ def _dot(
 
 
 @triton.jit
+def _long_dot(
+    acc, a, b, m_ok, n_ok, start, stop, a_step, b_step, BK: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``_dot`` over tokens, of which there are many: in fp32 a sum of sums of 256.
+
+    The plain cores add one product after another, and the error of a chain grows with its length:
+    2400 rows were off by 1.6e-6 of the largest gradient, cuBLAS by 1.9e-7. Narrower operands are
+    rounded by far more than that before they are multiplied.
+    """
+    if a.dtype.element_ty == tl.float32:
+        for first in range(start, stop, 256):
+            last = tl.minimum(first + 256, stop)
+            zero = tl.zeros_like(acc)
+            acc += _dot(
+                zero, a, b, m_ok, n_ok, first, last, a_step, b_step, None, 0, BK, PRECISION
+            )
+    else:
+        acc = _dot(acc, a, b, m_ok, n_ok, start, stop, a_step, b_step, None, 0, BK, PRECISION)
+    return acc
+
+
+@triton.jit
 def _mixed_dot(
     zero, a, b, m_ok, n_ok, first, last, a_step, b_step,
     grid, bounds, k_blocks, k_stride, n_stride, n_class, n_inside,
@@ -200,8 +222,8 @@ def _outer_kernel(
     m_ok, n_ok = i < m, j < n
     wide_i, wide_j = i.to(tl.int64), j.to(tl.int64)
     acc = tl.zeros((BM, BN), SUM)
-    acc = _dot(
-        acc, g + wide_i * g_m, x + wide_j * x_n, m_ok, n_ok, 0, k, g_k, x_k, None, 0, BK, PRECISION
+    acc = _long_dot(
+        acc, g + wide_i * g_m, x + wide_j * x_n, m_ok, n_ok, 0, k, g_k, x_k, BK, PRECISION
     )
     if grid is not None:
         row_class = tl.load(row_classes + i, mask=m_ok, other=row_blocks)

@@ -101,9 +101,9 @@ def _mixture_outer_kernel(
     i, j = _tile_of(m, n, BM, BN, GROUP)
     m_ok, n_ok = i < m, j < n
     acc = tl.zeros((BM, BN), SUM)
-    acc = _products._dot(
+    acc = _products._long_dot(
         acc, g + i.to(tl.int64) * g_m, x + j.to(tl.int64) * x_n, m_ok, n_ok, 0, k, g_k, x_k,
-        None, 0, BK, PRECISION,
+        BK, PRECISION,
     )  # fmt: skip
     at_i, i_in = _through(i, m_ok, rows, m_size)
     at_j, j_in = _through(j, n_ok, cols, n_size)

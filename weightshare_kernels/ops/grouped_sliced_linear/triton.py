@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from weightshare_kernels import _products, _triton
-from weightshare_kernels._products import _add_parts_kernel, _dot
+from weightshare_kernels._products import _add_parts_kernel, _long_dot
 from weightshare_kernels._select import lasting, temporary
 
 _INTERPRETED = tl.constexpr(_triton.interpreted())
@@ -129,9 +129,9 @@ def _grouped_outer_kernel(
         out = tl.load(table + 2 * groups + group) * UNIT
         in_ = tl.load(table + 3 * groups + group) * UNIT
         used = (out > row) & (in_ > col)
-        acc = _dot(
+        acc = _long_dot(
             acc, g + wide_i * g_m, x + wide_j * x_n, i < out, j < in_,
-            start, tl.where(used, stop, start), g_k, x_k, None, 0, BK, PRECISION,
+            start, tl.where(used, stop, start), g_k, x_k, BK, PRECISION,
         )  # fmt: skip
     where = target + wide_i[:, None] * t_m + wide_j[None, :] * t_n
     ok = m_ok[:, None] & n_ok[None, :]
