@@ -294,7 +294,7 @@ def test_entangle_counts_beyond_32_bits(columns):
 
 def stays_inside(module, count):
     """Random cases on memory fenced by forbidden pages, in a process that may die of it."""
-    paths = [ROOT, ROOT / "python", ROOT / "tests"]
+    paths = [ROOT, ROOT / "python", ROOT / "tests", os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, "-m", f"cuda_host.{module}", "0", str(count)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

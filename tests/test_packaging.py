@@ -26,6 +26,7 @@ needs_library = pytest.mark.skipif(
 def run(*command, path=(), cwd=None, **variables):
     """Run a command with only the WEIGHTSHARE_* variables given."""
     env = {k: v for k, v in os.environ.items() if k not in {*_config.TABLE, "TRITON_INTERPRET"}}
+    path = [*path, os.environ.get("PYTHONPATH", "")]  # where nothing is installed, all there is
     env |= {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", **variables}
     return subprocess.run(
         [*map(str, command)], env=env, cwd=cwd, capture_output=True, text=True, timeout=300
