@@ -99,9 +99,7 @@ def _long_dot(
         for first in range(start, stop, 256):
             last = tl.minimum(first + 256, stop)
             zero = tl.zeros_like(acc)
-            acc += _dot(
-                zero, a, b, m_ok, n_ok, first, last, a_step, b_step, None, 0, BK, PRECISION
-            )
+            acc += _dot(zero, a, b, m_ok, n_ok, first, last, a_step, b_step, None, 0, BK, PRECISION)
     else:
         acc = _dot(acc, a, b, m_ok, n_ok, start, stop, a_step, b_step, None, 0, BK, PRECISION)
     return acc
