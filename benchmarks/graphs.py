@@ -12,7 +12,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -41,9 +41,19 @@ class Captured:
 
 def copies_for(inputs: Inputs) -> int:
     """How many sets of inputs one graph goes through."""
-    tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
-    size = sum(t.untyped_storage().nbytes() for t in tensors)
+    size = sum(t.untyped_storage().nbytes() for t in tensors_in(inputs))
     return max(1, min(MOST_COPIES, math.ceil(COLD / max(size, 1))))
+
+
+def tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors of inputs, in modules, lists and dicts as well."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, torch.nn.Module):
+        yield from value.parameters()
+    elif isinstance(value, dict | list | tuple):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors_in(part)
 
 
 def outputs_of(work: Workload) -> list[Tensor]:

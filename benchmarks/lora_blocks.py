@@ -360,45 +360,55 @@ def swap_define(x, adapters) -> Tensor:
     return SWAP_SCALE * (x @ a.to(x.dtype).t()) @ b.to(x.dtype).t()
 
 
+def on_the_host(function: Callable[[], object]) -> Workload:
+    """Work without a kernel: a CUDA graph of it would be empty, so there is to be none."""
+    nothing = torch.zeros(())
+
+    def forward() -> Tensor:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("work of the host, which no graph holds")
+        function()
+        return nothing
+
+    return one_times(forward)
+
+
 def swap_workload(inputs: Inputs) -> Workload:
     """Move the name and open the next batch."""
     _, bank = swap_bank(inputs["adapters"], 2)
-    turn, nothing = [0], torch.zeros(())
+    turn = [0]
 
-    def forward() -> Tensor:
+    def move() -> None:
         turn[0] ^= 1
         bank.alias("live", f"adapter{turn[0]}")
         with bank.batch(["live"]):
-            return nothing
+            pass
 
-    return one_times(forward)
+    return on_the_host(move)
 
 
 def reload_workload(inputs: Inputs) -> Workload:
     """What it costs where the new adapter is not resident: its weights are copied."""
     _, bank = swap_bank(inputs["adapters"], 3)
-    turn, nothing = [0], torch.zeros(())
+    bank.remove("live")
+    turn = [0]
 
-    def forward() -> Tensor:
+    def load() -> None:
         turn[0] ^= 1
         bank.swap("adapter0", inputs["adapters"][turn[0]], SWAP_SCALE)
-        return nothing
 
-    bank.remove("live")
-    return one_times(forward)
+    return on_the_host(load)
 
 
 def millisecond(inputs: Inputs) -> Workload:
     """The promise: a swap within a millisecond."""
-    nothing = torch.zeros(())
 
-    def forward() -> Tensor:
+    def wait() -> None:
         end = time.perf_counter() + 1e-3
         while time.perf_counter() < end:
             pass
-        return nothing
 
-    return one_times(forward)
+    return on_the_host(wait)
 
 
 CASES = [
