@@ -162,22 +162,36 @@ def specialise(launch: Launch) -> tuple[dict, dict, dict]:
     for at, (parameter, value) in enumerate(
         zip(launch.kernel.params, launch.arguments, strict=True)
     ):
-        name = parameter.name
-        fixed = parameter.is_constexpr or value is None
-        if fixed or (_is_int(value) and value == 1 and not parameter.do_not_specialize):
-            signature[name], constants[(at,)] = "constexpr", value
-            continue
-        if isinstance(value, TensorDescriptor):
-            box = ",".join(map(str, value.block_shape))
-            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}[{box}]>"
-            continue
-        if isinstance(value, Tensor):
-            signature[name], number = f"*{_TYPES[value.dtype]}", value.data_ptr()
+        if isinstance(value, tuple) and not parameter.is_constexpr:
+            some = [_specialised(item, parameter) for item in value]
+            signature[parameter.name] = tuple(kind for kind, _ in some)
+            found = [
+                ((at, n), item, form)
+                for n, (item, form) in enumerate(zip(value, some, strict=True))
+            ]
         else:
-            signature[name], number = ("i32" if abs(value) < 2**31 else "i64"), value
-        if number % 16 == 0 and not parameter.do_not_specialize:
-            attributes[(at,)] = [["tt.divisibility", 16]]
+            form = _specialised(value, parameter)
+            signature[parameter.name] = form[0]
+            found = [((at,), value, form)]
+        for path, item, (kind, aligned) in found:
+            if kind == "constexpr":
+                constants[path] = item
+            elif aligned:
+                attributes[path] = [["tt.divisibility", 16]]
     return signature, constants, attributes
+
+
+def _specialised(value, parameter) -> tuple[str, bool]:
+    """Type of one argument, and whether it is known to be divisible by 16."""
+    special = not parameter.do_not_specialize
+    if parameter.is_constexpr or value is None or (_is_int(value) and value == 1 and special):
+        return "constexpr", False
+    if isinstance(value, TensorDescriptor):
+        box = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_TYPES[value.base.dtype]}[{box}]>", False
+    if isinstance(value, Tensor):
+        return f"*{_TYPES[value.dtype]}", special and value.data_ptr() % 16 == 0
+    return ("i32" if abs(value) < 2**31 else "i64"), special and value % 16 == 0
 
 
 def _is_int(value) -> bool:
