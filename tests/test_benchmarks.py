@@ -11,6 +11,7 @@ import torch
 pytest.importorskip("rich")
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import gpu as on_gpu
 import graphs
 import run
 
@@ -120,3 +121,45 @@ def test_a_run_writes_what_it_measured(monkeypatch, tmp_path):
     record = json.loads(path.read_text())["cases"]["small"]
     assert set(record["variants"]) == {"ours", "dense"} and "graph" not in record
     assert record["variants"]["ours"]["saved_bytes"] > 0
+
+
+# ---- make gpu -----------------------------------------------------------------------------------
+
+
+def test_a_fault_takes_its_own_part_alone(tmp_path):
+    def part(name, code, seconds=60.0):
+        return on_gpu.Part(name, [sys.executable, "-c", code], seconds)
+
+    fault = (
+        "import faulthandler, os; faulthandler.enable(); print('tested', flush=True); os.abort()"
+    )
+    parts = [
+        part("good", "print('3 passed')"),
+        part("fault", fault),
+        part("slow", "import time; print('begun', flush=True); time.sleep(60)", 2.0),
+        part("bad", "print('1 failed'); raise SystemExit(1)"),
+        on_gpu.Part("absent", ["none"], 9.0, missing="there is none"),
+    ]
+    outcomes = on_gpu.run(parts, 2, 60.0, tmp_path)
+    assert list(outcomes) and set(outcomes) == {p.name for p in parts}
+    assert outcomes["good"].startswith("ok") and outcomes["good"].endswith("3 passed")
+    assert "died of SIGABRT" in outcomes["fault"]
+    assert "Fatal Python error: Aborted" in outcomes["fault"]
+    assert "stopped after" in outcomes["slow"] and "begun" in outcomes["slow"]
+    assert "exit status 1" in outcomes["bad"] and outcomes["bad"].endswith("1 failed")
+    assert outcomes["absent"] == "left out: there is none"
+    assert "tested" in (tmp_path / "fault.log").read_text()
+
+
+def test_the_plan_is_of_the_chosen_ops(tmp_path):
+    todo = on_gpu.plan(["route"], "90a", tmp_path)
+    names = [p.name for p in todo.tests]
+    assert names[:3] == ["tests, route", "tests, route, triton", "tests, route, more"]
+    assert [p.name for p in todo.benchmarks] == [
+        f"benchmarks, route, {d}" for d in ("bf16", "fp32")
+    ]
+    whole = on_gpu.plan(on_gpu.known_ops(), "90a", tmp_path)
+    seconds = sum(p.seconds - 15 for p in whole.benchmarks)
+    assert on_gpu.TESTS + seconds <= on_gpu.TOTAL, "measurements of all ops outlast the whole"
+    assert "benchmarks, blocks, bf16" in [p.name for p in whole.benchmarks]
+    assert not any(p.missing for p in whole.tests if "sanitizer" not in p.name)
