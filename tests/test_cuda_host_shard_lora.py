@@ -12,7 +12,6 @@ from weightshare_kernels.ops.shard_lora import reference
 
 pytestmark = pytest.mark.skipif(_build.compiler() is None, reason="no C++ compiler on this machine")
 THREADS = 512
-TILE = 4
 
 
 def shim(name, *arguments):
@@ -59,39 +58,46 @@ def close(got, wanted, eps):
     [[0], [-1], [2, 0, 2, 1], [1] * 9, [0, 7, -1, 0, 0, 0, 0, 1 << 40], None, [*range(256)]],
     ids=str,
 )
-def test_tiles_hold_rows_of_one_adapter(ids):
+@pytest.mark.parametrize("most", [4, 8])
+def test_tiles_hold_rows_of_one_adapter(ids, most):
     adapters, rows = 256 if ids and len(ids) > 99 else 3, 5 if ids is None else len(ids)
     out = torch.full((2 + 2 * rows,), -1, dtype=torch.int32)
     held = None if ids is None else torch.tensor(ids)
-    shim("tiles", None if ids is None else pointer(held), rows, adapters, pointer(out))
+    shim("tiles", None if ids is None else pointer(held), rows, adapters, most, pointer(out))
     keys = [i if 0 <= i < adapters else adapters for i in ids] if ids else [0] * rows
     wanted, tiles, active = [None] * rows, 0, 0
     for key in sorted(set(keys)):
         members = [row for row, other in enumerate(keys) if other == key]
         for at, row in enumerate(members):
-            wanted[row] = [tiles + at // TILE, at % TILE]
-        tiles += -(-len(members) // TILE)
+            wanted[row] = [tiles + at // most, at % most]
+        tiles += -(-len(members) // most)
         active = tiles if key < adapters else active
     assert out[:2].tolist() == [tiles, active]
     assert out[2:].view(rows, 2).tolist() == wanted
 
 
-@pytest.mark.parametrize("tiles, ranks, steps", [(1, 64, 8), (40, 64, 8), (256, 8, 1), (0, 0, 0)])
-@pytest.mark.parametrize("most", [1, 4])
-def test_all_threads_choose_one_split(tiles, ranks, steps, most):
+def split(matrix, tiles, rows, rank, d, blocks):
+    """The split that all threads have chosen: of ranks, or in slices, and warps of a team."""
     out = torch.full((THREADS, 2), -1, dtype=torch.int32)
-    shim("split", tiles, ranks, most, steps, ctypes.c_int64(3), pointer(out))
+    shim("split", int(matrix), tiles, rows, rank, d, ctypes.c_int64(blocks), pointer(out))
     assert (out == out[0]).all()
-    each, team = out[0].tolist()
-    assert each in (1, 2, 4)[:most] and team in (1, 2, 4, 8, 16)
+    return out[0].tolist()
+
+
+@pytest.mark.parametrize("matrix", [False, True])
+@pytest.mark.parametrize("tiles, rows, rank, d", [(1, 1, 64, 4096), (40, 99, 64, 64), (0, 3, 0, 0)])
+def test_all_threads_choose_one_split(matrix, tiles, rows, rank, d):
+    each, team = split(matrix, tiles, rows, rank, d, 3)
+    assert team in (1, 2, 4, 8, 16)
+    assert each in (1, 2, 4, 8)[: 4 if matrix else 3]
+    assert not matrix or each * tiles <= max(rows, 8)  # what scratch memory holds
 
 
 def test_few_items_go_to_large_teams_and_many_to_warps():
-    out = torch.zeros(THREADS, 2, dtype=torch.int32)
-    shim("split", 1, 192, 4, 16, ctypes.c_int64(132), pointer(out))
-    assert out[0].tolist() == [2, 16]  # 96 teams of a block each
-    shim("split", 256, 192, 4, 16, ctypes.c_int64(132), pointer(out))
-    assert out[0].tolist() == [4, 1]
+    assert split(False, 1, 1, 192, 4096, 132) == [2, 16]  # 96 teams of a block each
+    assert split(True, 1, 1, 192, 4096, 132) == [8, 16]
+    assert split(False, 256, 256, 192, 4096, 132) == [4, 1]
+    assert split(True, 256, 256, 192, 4096, 132)[1] <= 2
 
 
 CASES = [
@@ -159,6 +165,18 @@ def test_absent_shards_are_zeros():
         for at in rng.sample(range(table.numel()), 5):
             table.view(-1)[at] = rng.choice(wild)
     close(sharding.decode(*case), exact(case), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("d", [8, 7])
+def test_h_is_not_rounded(dtype, d):
+    """Between the products, h of 1 + 2^-12 and of -1, whose sum 16 bits would lose."""
+    a, b = torch.zeros(2, d, dtype=dtype), torch.ones(2, d, dtype=dtype)
+    a[0, 0], a[0, 1], a[1, 0] = 1, 2.0**-12, -1
+    index = torch.tensor([[[0], [1]]], dtype=torch.int32)
+    x, base = torch.ones(1, d, dtype=dtype), torch.zeros(1, d, dtype=dtype)
+    (y,) = sharding.decode(x, [base], [a], [b], [index], [index], None, None, 1.0)
+    assert torch.equal(y, torch.full_like(y, 2.0**-12))
 
 
 def test_a_scale_of_each_adapter_multiplies_the_common_one():

@@ -136,7 +136,7 @@ void run(const Inputs& in, size_t first, size_t last, const Tensors& ys, const M
     target.y_stride = target.d_out = static_cast<int>(ys[g].size(1));
     target.rank = static_cast<int>(in.a_index[g].size(1));
     target.first = call.ranks;
-    call.ranks += target.rank;
+    call.ranks += static_cast<int>(divide_up(target.rank, kShardPad)) * kShardPad;
   }
   int processors = 0;
   check_launch(

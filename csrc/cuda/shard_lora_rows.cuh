@@ -10,8 +10,6 @@ namespace weightshare::cuda {
 constexpr int kShardWarps = 16;
 constexpr int kShardThreads = kShardWarps * int(kWarp);
 constexpr int kShardRows = 256;  // of a launch
-constexpr int kShardTile = 4;    // rows of a tile, all of one adapter
-constexpr int kShardRanks = 4;   // most rows of A that a team takes at once
 
 struct ShardTiles {
   int32_t keys[kShardRows] alignas(16);  // adapter of each row, or the number of adapters
@@ -24,9 +22,9 @@ struct ShardTiles {
   int count, active;  // tiles, and those of them that have an adapter
 };
 
-// Sort the rows by adapter, keeping their order, and cut each adapter's into tiles.
+// Sort the rows by adapter, keeping their order, and cut each adapter's into tiles of `most` rows.
 __device__ __forceinline__ void shard_group(ShardTiles& tiles, const int64_t* ids, int rows,
-                                            int adapters) {
+                                            int adapters, int most) {
   static_assert(kShardRows <= kShardThreads);
   const int n = threadIdx.x, lane = n % int(kWarp), warp = n / int(kWarp);
   if (n < kShardRows) {
@@ -51,7 +49,7 @@ __device__ __forceinline__ void shard_group(ShardTiles& tiles, const int64_t* id
     const int place = lower + earlier;
     tiles.adapters[place] = key;
     tiles.rows[place] = n;
-    tiles.leads[place] = earlier % kShardTile == 0;
+    tiles.leads[place] = earlier % most == 0;
     if (key == adapters && earlier == 0) tiles.served = place;
   }
   __syncthreads();
@@ -77,29 +75,58 @@ __device__ __forceinline__ void shard_group(ShardTiles& tiles, const int64_t* id
   __syncthreads();
 }
 
-// How a phase's items are cut: each is given to a team of warps of one block.
+// How a phase's items are cut: into parts of `each`, every one given to a team of warps of a block.
 struct ShardSplit {
-  int ranks;  // rows of A of an item
-  int team;   // warps
+  int each, team;
 };
 
-// The cut with the least estimated time, one candidate a lane. `items` gives the number of items
-// for a number of ranks, `steps` how often a lane of a single warp would load. A step costs mostly
-// its latency, so few items go to large teams; many, each warp its own, which saves the sum over a
-// team.
-template <typename Items>
-__device__ __forceinline__ ShardSplit shard_split(int most_ranks, int steps, const Items& items) {
-  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  const int ranks = 1 << lane % 4, team = 1 << lane / 4;
-  unsigned cost = 1u << 26;
-  if (ranks <= most_ranks && team <= warps) {
-    const float rounds = ceilf(float(items(ranks)) / float(int(gridDim.x) * (warps / team)));
-    const float step = ceilf(float(steps) / float(team));
-    const float all = rounds * (3.0f + step * float(4 + ranks));
-    cost = all < float(cost) ? static_cast<unsigned>(all) : cost - 1;
-  }
-  const int best = __reduce_min_sync(kAllLanes, cost << 5 | lane) % kWarp;
+constexpr float kShardNever = 1e30f;  // cost of what cannot be
+
+// How often every team of the grid has to take an item.
+__device__ __forceinline__ float shard_rounds(int items, int team) {
+  const int warps = blockDim.x / kWarp;
+  return ceilf(float(items) / float(int(gridDim.x) * (warps / team)));
+}
+
+// Times that something of `steps` takes `by` at once.
+__device__ __forceinline__ float shard_steps(int steps, int by) {
+  return ceilf(float(steps) / float(by));
+}
+
+// The split with the least estimated time `cost(each, team)`, one candidate a lane: powers of two,
+// `each` up to 8, and 1 and 1 always possible. Estimates are in units of a hundred nanoseconds or
+// so; a step costs mostly its latency, so few items go to large teams, and many to a warp each,
+// which saves sums over teams.
+template <typename Cost>
+__device__ __forceinline__ ShardSplit shard_split(const Cost& cost) {
+  const int lane = threadIdx.x % kWarp, each = 1 << lane % 4, team = 1 << lane / 4;
+  constexpr float kMost = 1 << 22;
+  float time = kMost + float(each > 1) + float(team > 1);
+  if (team <= int(blockDim.x / kWarp)) time = fminf(cost(each, team), time);
+  const unsigned rank = static_cast<unsigned>(time * 4) << 5 | lane;
+  const int best = __reduce_min_sync(kAllLanes, rank) % kWarp;
   return {1 << best % 4, 1 << best / 4};
 }
+
+// Which team of the grid a warp belongs to, and its part in it.
+struct ShardTeam {
+  int size, part, teams, number, all;  // teams: of a block
+
+  __device__ __forceinline__ explicit ShardTeam(int team) {
+    const int warp = threadIdx.x / kWarp;
+    size = team;
+    part = warp % team;
+    teams = blockDim.x / kWarp / team;
+    number = warp / team;
+    all = int(gridDim.x) * teams;
+  }
+  // The team's item of those from `begin` on. Neighbours, which share rows of x, go to one block,
+  // unless there are too few for all: those are spread over the blocks.
+  __device__ __forceinline__ int item(int begin, int items) const {
+    const bool full = items - begin >= all;
+    return begin +
+           (full ? int(blockIdx.x) * teams + number : number * int(gridDim.x) + int(blockIdx.x));
+  }
+};
 
 }  // namespace weightshare::cuda

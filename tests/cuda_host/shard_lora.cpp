@@ -50,7 +50,7 @@ cudaError_t run(const Call& c, const Target* targets) {
     to.d_out = int(t.d_out);
     to.rank = int(t.rank);
     to.first = call.ranks;
-    call.ranks += to.rank;
+    call.ranks += int(divide_up(to.rank, kShardPad)) * kShardPad;
   }
   call.x = static_cast<const T*>(c.x);
   call.ids = c.ids;
@@ -66,9 +66,9 @@ cudaError_t run(const Call& c, const Target* targets) {
 
 // Tiles of a batch: out[0] tiles, out[1] with an adapter, then of each row its tile and place in
 // it.
-__global__ void tiles_of(const int64_t* ids, int rows, int adapters, int32_t* out) {
+__global__ void tiles_of(const int64_t* ids, int rows, int adapters, int most, int32_t* out) {
   __shared__ ShardTiles tiles;
-  shard_group(tiles, ids, rows, adapters);
+  shard_group(tiles, ids, rows, adapters, most);
   if (threadIdx.x != 0) return;
   *out++ = tiles.count;
   *out++ = tiles.active;
@@ -79,12 +79,22 @@ __global__ void tiles_of(const int64_t* ids, int rows, int adapters, int32_t* ou
     }
 }
 
-// Ranks and warps of a team for so many tiles and steps on so many blocks.
-__global__ void split_of(int tiles, int ranks, int most, int steps, int* out) {
-  const ShardSplit split =
-      shard_split(most, steps, [&](int each) { return tiles * int(divide_up(ranks, each)); });
-  out[2 * threadIdx.x] = split.ranks;
+// How phase one is split for a target of such a size.
+template <typename Way>
+__global__ void split_of(typename Way::Call call, int tiles, int* out) {
+  const ShardSplit split = Way::shrink_split(call, tiles);
+  out[2 * threadIdx.x] = split.each;
   out[2 * threadIdx.x + 1] = split.team;
+}
+
+template <typename Way>
+cudaError_t split(int tiles, int rows, int rank, int d_in, int64_t blocks, int* out) {
+  typename Way::Call call = {};
+  call.count = 1;
+  call.targets[0].rank = rank;
+  call.rows = rows;
+  call.d_in = d_in;
+  return launch(split_of<Way>, blocks, kShardThreads, 0, nullptr, call, tiles, out);
 }
 
 }  // namespace
@@ -114,14 +124,17 @@ extern "C" int64_t shard_lora_scratch(int64_t rows, int64_t ranks) {
   return shard_scratch(rows, ranks);
 }
 
-extern "C" const char* shard_lora_tiles(const int64_t* ids, int rows, int adapters, int32_t* out) {
-  return guarded(
-      [&] { return launch(tiles_of, 1, kShardThreads, 0, nullptr, ids, rows, adapters, out); });
+extern "C" const char* shard_lora_tiles(const int64_t* ids, int rows, int adapters, int most,
+                                        int32_t* out) {
+  return guarded([&] {
+    return launch(tiles_of, 1, kShardThreads, 0, nullptr, ids, rows, adapters, most, out);
+  });
 }
 
-extern "C" const char* shard_lora_split(int tiles, int ranks, int most, int steps, int64_t blocks,
-                                        int* out) {
+extern "C" const char* shard_lora_split(int matrix, int tiles, int rows, int rank, int d_in,
+                                        int64_t blocks, int* out) {
   return guarded([&] {
-    return launch(split_of, blocks, kShardThreads, 0, nullptr, tiles, ranks, most, steps, out);
+    const auto function = matrix ? split<ShardMma<__half>> : split<ShardLanes<float, float, 4>>;
+    return function(tiles, rows, rank, d_in, blocks, out);
   });
 }

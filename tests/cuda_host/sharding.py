@@ -14,6 +14,7 @@ from weightshare_kernels.ops.shard_lora import reference
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # as the entry point counts
 PROCESSORS = 2
 TARGETS = 4  # of a launch
+PAD = 16  # ranks of a target are counted in so many
 
 
 class Target(ctypes.Structure):
@@ -82,7 +83,7 @@ def decode(
     function = _build.load("shard_lora").shard_lora_decode
     for first in range(0, count, TARGETS):
         some = targets[first : first + TARGETS]
-        size = scratch(x.shape[0], sum(t.rank for t in some))
+        size = scratch(x.shape[0], sum(-(-t.rank // PAD) * PAD for t in some))
         h = _poisoned(size, dtype=kind)
         numbers = DTYPES.index(x.dtype), a_pools[0].dtype == torch.float32
         call = Call(
