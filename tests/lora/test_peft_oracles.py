@@ -8,7 +8,14 @@ import torch
 pytest.importorskip("peft")
 
 import tiny_llama as tiny
-from peft import LoraConfig, PeftModel, VBLoRAConfig, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    VBLoRAConfig,
+    convert_to_lora,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
 from tiny_llama import IDS
 from weightshare.lora import export_lora
@@ -81,6 +88,37 @@ def test_export_of_what_is_not_there(tmp_path):
     model.base_model.set_adapter(["default", "b"])
     with pytest.raises(ValueError, match="which of the active adapters"):
         export_lora(model, tmp_path)
+
+
+def test_conversion_by_peft():
+    """PEFT's own conversion decomposes the updates; at their rank it loses nothing."""
+    model = tiny.adapted().eval()
+    config, tensors = convert_to_lora(model, rank=4)
+    lora = get_peft_model(tiny.base(), config).eval()
+    set_peft_model_state_dict(lora, tensors)
+    torch.testing.assert_close(lora(IDS).logits, model(IDS).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["autocast", "bfloat16"])
+def test_lower_precision_is_as_good_as_peft_lora(tmp_path, how):
+    """Errors of outputs and gradients against float64, beside those of PEFT's LoRA."""
+    model = tiny.adapted().eval()
+    export_lora(model, tmp_path)
+    lora = PeftModel.from_pretrained(tiny.base(), tmp_path).eval()
+    if how == "bfloat16":
+        for each in (model, lora):
+            for module in each.modules():  # base and adapters hold what bfloat16 can hold
+                for p in module.parameters(recurse=False):
+                    p.data = p.data.bfloat16().double()
+    exact = logits_and_gradient(model)
+    errors = []
+    for each in (model, lora):
+        each.to(torch.float32 if how == "autocast" else torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            found = logits_and_gradient(each)
+        errors.append([(x - y).norm() for x, y in zip(found, exact, strict=True)])
+    for ours, theirs in zip(*errors, strict=True):
+        assert ours <= 1.5 * theirs
 
 
 def test_plain_lora_is_peft_lora():

@@ -65,6 +65,18 @@ def test_forward_and_gradients_equal_the_definition():
         torch.testing.assert_close(found[f"base_model.mos_pools.default.{kind}.{part}"], grad)
 
 
+def test_autocast():
+    model = tiny.adapted(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(IDS, labels=IDS)
+        rows = model(IDS, adapter_names=["default"] * len(IDS)).logits
+        found = tiny.gradients(model, out.loss)
+    assert out.logits.dtype == torch.bfloat16
+    torch.testing.assert_close(rows, out.logits, rtol=0.05, atol=0.1)
+    for grad in found.values():
+        assert grad.dtype == torch.float32 and grad.isfinite().all() and grad.abs().max() > 0
+
+
 def test_pools_are_shared_and_counted_once(capsys):
     model = tiny.adapted()
     layers = [m for m in model.modules() if isinstance(m, MoSLayer)]
@@ -142,7 +154,7 @@ for name in ('MoSConfig', 'MoSModel', 'export_lora', 'swap_adapter'):
     try:
         getattr(weightshare.lora, name)
     except ImportError as error:
-        assert f'{name} needs PEFT' in str(error) and 'weightshare-kernels[peft]' in str(error)
+        assert f'{name} needs PEFT 0.21 or later' in str(error) and 'weightshare-kernels[peft]' in str(error)
     else:
         raise AssertionError(name)
 del sys.modules['peft']

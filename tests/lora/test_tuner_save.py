@@ -107,10 +107,6 @@ def test_lower_precision_is_kept_in_float32(tmp_path):
     low = get_peft_model(tiny.base(torch.bfloat16), tiny.config(), autocast_adapter_dtype=False)
     assert low.base_model.mos_pools["default"]["q_proj"].a.dtype == torch.bfloat16
     low(IDS, labels=IDS).loss.backward()
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = tiny.adapted(torch.float32)
-        mixed(IDS, labels=IDS).loss.backward()
-    assert mixed.base_model.mos_pools["default"]["q_proj"].a.grad.isfinite().all()
 
 
 @pytest.mark.parametrize("where", ["weights", "config"])

@@ -46,11 +46,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         module = import_module(f"{__name__}.{_LAZY[name]}")
-    except ModuleNotFoundError as error:
-        if error.name != "peft":
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "peft":
             raise
         raise ImportError(
-            f"weightshare.lora.{name} needs PEFT: pip install 'weightshare-kernels[peft]'; "
+            f"weightshare.lora.{name} needs PEFT 0.21 or later: pip install 'weightshare-kernels[peft]'; "
             "ShardPool, MoSLinear and AdapterBank work without"
         ) from error
     value = globals()[name] = getattr(module, name)

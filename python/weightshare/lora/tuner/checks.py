@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from weightshare.lora.pool import ShardPool
-from weightshare_kernels.ops.shard_lora import shard_index
+from weightshare_kernels import shard_index
 
 PARTS = ("a", "b", "a_index", "b_index")
 

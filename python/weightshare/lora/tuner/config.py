@@ -40,6 +40,8 @@ class MoSConfig(PeftConfig):
     of A shards and a pool of B shards, with ``equivalent_rank * layers * (d_in + d_out)``
     parameters; see :class:`weightshare.lora.ShardPlan`. They must be of one shape.
 
+    Importing this class makes PEFT know the method: ``PeftModel.from_pretrained`` needs it, too.
+
     Args:
         r: rank of every module's matrices.
         equivalent_rank: e, the rank of the plain LoRA that has as many parameters.

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weightshare.lora.pool import ShardPool
-from weightshare_kernels import _checks, group_by_adapter
-from weightshare_kernels.ops.shard_lora import AdapterGroups
+from weightshare_kernels import AdapterGroups, _checks, group_by_adapter
 
 BASE = "__base__"  # PEFT's name for rows that use no adapter
 Key = tuple[str, int, int]  # type, d_in, d_out of the modules that share a pool
