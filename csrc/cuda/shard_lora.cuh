@@ -15,12 +15,15 @@ __global__ void __launch_bounds__(kShardThreads, 1)
     shard_lora_kernel(const __grid_constant__ typename Way::Call call, int phases) {
   __shared__ ShardTiles tiles;
   shard_group(tiles, call.ids, call.rows, call.adapters, Way::kTile);
+  const ShardPlan plan = {Way::shrink_split(call, tiles.active),
+                          Way::expand_split(call, tiles.count)};
   if (phases & kFirstPhase) {
-    Way::shrink(call, tiles);
-    Way::ask(call, tiles);
+    const auto asked = Way::ask(call, tiles, plan.expand);
+    Way::shrink(call, tiles, plan.shrink);
+    asked.fetch();
   }
   phase_barrier(phases);
-  if (phases & kSecondPhase) Way::expand(call, tiles);
+  if (phases & kSecondPhase) Way::expand(call, tiles, plan);
 }
 
 // Whether all rows and shards are made of accesses of 16 bytes of a pool.

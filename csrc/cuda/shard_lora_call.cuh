@@ -50,13 +50,13 @@ struct ShardCall {
 
   __device__ __forceinline__ int chunks(int each) const {
     int sum = 0;
-    for (int g = 0; g < count; ++g) sum += static_cast<int>(divide_up(targets[g].rank, each));
+    for (int g = 0; g < count; ++g) sum += shard_parts(targets[g].rank, each);
     return sum;
   }
   // Slabs of so many columns in all targets.
   __host__ __device__ __forceinline__ int slabs(int columns) const {
     int sum = 0;
-    for (int g = 0; g < count; ++g) sum += int(divide_up(targets[g].d_out, columns));
+    for (int g = 0; g < count; ++g) sum += shard_parts(targets[g].d_out, columns);
     return sum;
   }
   __device__ __forceinline__ int most_ranks() const {
@@ -75,7 +75,7 @@ struct ShardChunk {
                                                   int each) {
     int g = 0;
     for (;; ++g) {
-      const int own = static_cast<int>(divide_up(call.targets[g].rank, each));
+      const int own = shard_parts(call.targets[g].rank, each);
       if (number < own) break;
       number -= own;
     }
@@ -90,10 +90,10 @@ struct ShardSlab {
   template <typename T, typename P>
   __device__ __forceinline__ static ShardSlab of(const ShardCall<T, P>& call, int item,
                                                  int columns) {
-    const int slabs = call.slabs(columns), tile = item / slabs;
+    const int slabs = call.slabs(columns), tile = int(unsigned(item) / unsigned(slabs));
     int number = item - tile * slabs, g = 0;
     for (;; ++g) {
-      const int own = static_cast<int>(divide_up(call.targets[g].d_out, columns));
+      const int own = shard_parts(call.targets[g].d_out, columns);
       if (number < own) break;
       number -= own;
     }
@@ -118,6 +118,22 @@ struct ShardColumn {
     return wanted ? index[int64_t(rank) * matrix.parts] : -1;
   }
   __device__ __forceinline__ const P* at(int32_t number) const { return matrix.at(number, place); }
+};
+
+// Shards that a lane will read first in phase two: their numbers are asked for early, and they
+// themselves, into L2, when phase one has been done.
+template <typename P, int N>
+struct ShardAsked {
+  const ShardMatrix<P>* matrix = nullptr;
+  int place = 0;
+  int32_t numbers[N];
+
+  __device__ __forceinline__ void fetch() const {
+    if (matrix == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      if (matrix->has(numbers[i])) prefetch(matrix->at(numbers[i], place));
+  }
 };
 
 }  // namespace weightshare::cuda

@@ -77,7 +77,7 @@ struct ShardLanes {
   }
 
   __device__ __forceinline__ static ShardSplit shrink_split(const Call& call, int tiles) {
-    const int steps = static_cast<int>(divide_up(call.d_in, kShrinkUnroll * int(kWarp) * V));
+    const int steps = shard_parts(call.d_in, kShrinkUnroll * int(kWarp) * V);
     return shard_split([&](int ranks, int team) {
       if (ranks > kRanks) return kShardNever;
       return shard_rounds(tiles * call.chunks(ranks), team) *
@@ -85,15 +85,15 @@ struct ShardLanes {
     });
   }
 
-  __device__ __forceinline__ static void shrink(const Call& call, const ShardTiles& tiles) {
+  __device__ __forceinline__ static void shrink(const Call& call, const ShardTiles& tiles,
+                                                ShardSplit split) {
     constexpr int kSums = kRanks * kTile;
     __shared__ A parts[kShardWarps][kSums];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const ShardSplit split = shrink_split(call, tiles.active);
     const ShardTeam team(split.team);
     const int chunks = call.chunks(split.each), items = tiles.active * chunks;
     for (int begin = 0; begin < items; begin += team.all) {  // the same in all threads
-      const int item = team.item(begin, items), tile = item / chunks;
+      const int item = team.item(begin, items), tile = int(unsigned(item) / unsigned(chunks));
       A sums[kSums] = {};
       A* h = nullptr;
       int count = 0;
@@ -128,31 +128,37 @@ struct ShardLanes {
     return (step * team.size + team.part) * kGroups + group;
   }
 
-  __device__ __forceinline__ static ShardTeam expand_team(const Call& call, int items) {
-    const int steps = static_cast<int>(divide_up(call.most_ranks(), kGroups * kExpandUnroll));
-    const auto cost = [&](int each, int team) {
+  __device__ __forceinline__ static ShardSplit expand_split(const Call& call, int tiles) {
+    const int items = tiles * call.slabs(kColumns);
+    const int steps = shard_parts(call.most_ranks(), kGroups * kExpandUnroll);
+    return shard_split([&](int each, int team) {
       if (each > 1) return kShardNever;
       return shard_rounds(items, team) * (3 + shard_steps(steps, team) * 5);
-    };
-    return ShardTeam(shard_split(cost).team);
+    });
   }
 
-  // Ask for what this lane will read first in phase two.
-  __device__ __forceinline__ static void ask(const Call& call, const ShardTiles& tiles) {
-    const int slabs = call.slabs(kColumns), items = tiles.count * slabs;
-    const ShardTeam team = expand_team(call, items);
-    const int item = team.item(0, items);
-    if (item >= tiles.active * slabs) return;
+  // What this lane will read first in phase two.
+  __device__ __forceinline__ static ShardAsked<P, kExpandUnroll> ask(const Call& call,
+                                                                     const ShardTiles& tiles,
+                                                                     ShardSplit split) {
+    ShardAsked<P, kExpandUnroll> asked;
+    const int slabs = call.slabs(kColumns);
+    const ShardTeam team(split.team);
+    const int item = team.item(0, tiles.count * slabs);
+    if (item >= tiles.active * slabs) return asked;
     const ShardSlab slab = ShardSlab::of(call, item, kColumns);
     const ShardTarget<T, P>& target = call.targets[slab.target];
     const int column = slab.column + int(threadIdx.x) % kLanes * V;
-    if (column >= target.d_out) return;
+    if (column >= target.d_out) return asked;
     const ShardColumn<P> from(target.b, tiles.adapters[tiles.first[slab.tile]], column);
+    asked.matrix = &target.b;
+    asked.place = from.place;
 #pragma unroll
-    for (int u = 0; u < kExpandUnroll; ++u) {
-      const int rank = turn(team, u), number = from.number(rank < target.rank, rank);
-      if (target.b.has(number)) prefetch(from.at(number));
+    for (int i = 0; i < kExpandUnroll; ++i) {
+      const int rank = turn(team, i);
+      asked.numbers[i] = from.number(rank < target.rank, rank);
     }
+    return asked;
   }
 
   // sums[n][v] += this lane's share of the products of h and of rows of B.
@@ -184,11 +190,12 @@ struct ShardLanes {
     }
   }
 
-  __device__ __forceinline__ static void expand(const Call& call, const ShardTiles& tiles) {
+  __device__ __forceinline__ static void expand(const Call& call, const ShardTiles& tiles,
+                                                const ShardPlan& plan) {
     __shared__ Vec<A, V> parts[kShardWarps][kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
     const int items = tiles.count * call.slabs(kColumns);
-    const ShardTeam team = expand_team(call, items);
+    const ShardTeam team(plan.expand.team);
     for (int begin = 0; begin < items; begin += team.all) {  // the same in all threads
       const int item = team.item(begin, items);
       A sums[kTile * V] = {};

@@ -81,7 +81,7 @@ struct ShardMma {
 
   // Into how many slices x is cut, and for teams of what size.
   __device__ __forceinline__ static ShardSplit shrink_split(const Call& call, int tiles) {
-    const int steps = static_cast<int>(divide_up(call.d_in, kSlice)), chunks = call.chunks(kRanks);
+    const int steps = shard_parts(call.d_in, kSlice), chunks = call.chunks(kRanks);
     const int most = call.rows > kMostSlices ? call.rows : kMostSlices;  // see shard_scratch
     return shard_split([&](int slices, int team) {
       if (slices * tiles > most) return kShardNever;
@@ -91,19 +91,20 @@ struct ShardMma {
     });
   }
 
-  __device__ __forceinline__ static void shrink(const Call& call, const ShardTiles& tiles) {
+  __device__ __forceinline__ static void shrink(const Call& call, const ShardTiles& tiles,
+                                                ShardSplit split) {
     __shared__ Vec<float, 4> sums[kShardWarps][kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-    const ShardSplit split = shrink_split(call, tiles.active);
     const ShardTeam team(split.team);
     const int chunks = call.chunks(kRanks), items = split.each * tiles.active * chunks;
     for (int begin = 0; begin < items; begin += team.all) {  // the same in all threads
-      const int item = team.item(begin, items), place = item / chunks;
+      const int item = team.item(begin, items), place = int(unsigned(item) / unsigned(chunks));
       Vec<float, 4> sum = {};
       float* h = nullptr;  // null: this lane has nothing to write
       bool next = false;
       if (item < items) {
-        const int slice = place / tiles.active, tile = place - slice * tiles.active;
+        const int slice = int(unsigned(place) / unsigned(tiles.active)),
+                  tile = place - slice * tiles.active;
         const ShardChunk chunk = ShardChunk::of(call, item - place * chunks, kRanks);
         const int rows = tiles.first[tile + 1] - tiles.first[tile], own = lane % 4 * 2;
         products(call, tiles, tile, chunk, slice * team.size + team.part, split.each * team.size,
@@ -135,32 +136,38 @@ struct ShardMma {
     return (step * team.size + team.part) * kRanks + int(threadIdx.x) % 4 * 4;
   }
 
-  __device__ __forceinline__ static ShardTeam expand_team(const Call& call, int items) {
-    const int steps = static_cast<int>(divide_up(call.most_ranks(), kRanks));
-    const auto cost = [&](int each, int team) {
+  __device__ __forceinline__ static ShardSplit expand_split(const Call& call, int tiles) {
+    const int items = tiles * call.slabs(kColumns);
+    const int steps = shard_parts(call.most_ranks(), kRanks);
+    return shard_split([&](int each, int team) {
       if (each > 1) return kShardNever;
       const float own = shard_steps(steps, team);
       return shard_rounds(items, team) * (3 + 6 * ceilf(own / kExpandUnroll) + 2 * own);
-    };
-    return ShardTeam(shard_split(cost).team);
+    });
   }
 
-  // Ask for what this lane will read first in phase two.
-  __device__ __forceinline__ static void ask(const Call& call, const ShardTiles& tiles) {
-    const int slabs = call.slabs(kColumns), items = tiles.count * slabs;
-    const ShardTeam team = expand_team(call, items);
-    const int item = team.item(0, items);
-    if (item >= tiles.active * slabs) return;
+  // What this lane will read first in phase two.
+  __device__ __forceinline__ static ShardAsked<T, 4 * kExpandUnroll> ask(const Call& call,
+                                                                         const ShardTiles& tiles,
+                                                                         ShardSplit split) {
+    ShardAsked<T, 4 * kExpandUnroll> asked;
+    const int slabs = call.slabs(kColumns);
+    const ShardTeam team(split.team);
+    const int item = team.item(0, tiles.count * slabs);
+    if (item >= tiles.active * slabs) return asked;
     const ShardSlab slab = ShardSlab::of(call, item, kColumns);
     const ShardTarget<T, T>& target = call.targets[slab.target];
     const int column = slab.column + int(threadIdx.x) % int(kWarp) / 4 * kVector;
-    if (column >= target.d_out) return;
+    if (column >= target.d_out) return asked;
     const ShardColumn<T> from(target.b, tiles.adapters[tiles.first[slab.tile]], column);
+    asked.matrix = &target.b;
+    asked.place = from.place;
 #pragma unroll
     for (int i = 0; i < 4 * kExpandUnroll; ++i) {
-      const int rank = turn(team, i / 4) + i % 4, number = from.number(rank < target.rank, rank);
-      if (target.b.has(number)) prefetch(from.at(number));
+      const int rank = turn(team, i / 4) + i % 4;
+      asked.numbers[i] = from.number(rank < target.rank, rank);
     }
+    return asked;
   }
 
   // sums[j].at[e + 2 * c] += the share of this team's part in row 2 q + e and column 2 j + c of
@@ -223,13 +230,14 @@ struct ShardMma {
     }
   }
 
-  __device__ __forceinline__ static void expand(const Call& call, const ShardTiles& tiles) {
+  __device__ __forceinline__ static void expand(const Call& call, const ShardTiles& tiles,
+                                                const ShardPlan& plan) {
     __shared__ Vec<float, 4> parts[kShardWarps][4][kWarp];
     const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, q = lane % 4;
     const int items = tiles.count * call.slabs(kColumns);
-    const int slices = shrink_split(call, tiles.active).each;
+    const int slices = plan.shrink.each;
     const int64_t slice = int64_t(tiles.active) * kTile * call.ranks;
-    const ShardTeam team = expand_team(call, items);
+    const ShardTeam team(plan.expand.team);
     for (int begin = 0; begin < items; begin += team.all) {  // the same in all threads
       const int item = team.item(begin, items);
       const bool busy = item < items;

@@ -79,6 +79,14 @@ __device__ __forceinline__ void shard_group(ShardTiles& tiles, const int64_t* id
 struct ShardSplit {
   int each, team;
 };
+struct ShardPlan {
+  ShardSplit shrink, expand;
+};
+
+// n / each, rounded up, in 32 bits, where a division is short.
+__host__ __device__ __forceinline__ int shard_parts(int n, int each) {
+  return static_cast<int>((unsigned(n) + unsigned(each) - 1) / unsigned(each));
+}
 
 constexpr float kShardNever = 1e30f;  // cost of what cannot be
 
