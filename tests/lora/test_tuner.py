@@ -154,14 +154,10 @@ for name in ('MoSConfig', 'MoSModel', 'export_lora', 'swap_adapter'):
     try:
         getattr(weightshare.lora, name)
     except ImportError as error:
-        assert f'{name} needs PEFT 0.21 or later' in str(error) and 'weightshare-kernels[peft]' in str(error)
+        assert f'{name} needs PEFT 0.21 or later' in str(error)
+        assert 'weightshare-kernels[peft]' in str(error)
     else:
         raise AssertionError(name)
-del sys.modules['peft']
-from peft import PeftType
-assert 'MOS' not in list(PeftType)
-weightshare.lora.MoSConfig
-assert 'MOS' in list(PeftType)
 """
 
 

@@ -50,8 +50,8 @@ def __getattr__(name: str) -> Any:
         if (error.name or "").partition(".")[0] != "peft":
             raise
         raise ImportError(
-            f"weightshare.lora.{name} needs PEFT 0.21 or later: pip install 'weightshare-kernels[peft]'; "
-            "ShardPool, MoSLinear and AdapterBank work without"
+            f"weightshare.lora.{name} needs PEFT 0.21 or later: pip install "
+            "'weightshare-kernels[peft]'; ShardPool, MoSLinear and AdapterBank work without"
         ) from error
     value = globals()[name] = getattr(module, name)
     return value
