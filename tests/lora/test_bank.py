@@ -130,6 +130,15 @@ def test_layers_that_share_an_input_read_it_once(served, monkeypatch):
     monkeypatch.setattr(bank_layer, "shard_lora_group", counted)
     outputs(model, bank, ["one"], torch.randn(1, 2, 16))
     assert calls == [3, 1, 2, 1] * 3
+    calls.clear()
+    bank.swap("one", mos(net(), 1, types=("k_proj", "v_proj", "up_proj")))
+    outputs(model, bank, ["one", None], torch.randn(2, 2, 16))
+    assert calls == [2, 1] * 3
+    expect(
+        model, net(), bank, {"one": mos(net(), 1, types=("k_proj", "v_proj", "up_proj"))}, ["one"]
+    )
+    outputs(model, bank, ["one", "two"], torch.randn(2, 2, 16))
+    assert calls[12:] == [3, 1, 2, 1] * 3
 
 
 def test_groups_are_made_once_for_all_layers_and_steps(served, monkeypatch):
@@ -506,6 +515,8 @@ def test_wrong_names(served):
         bank.add("one", mos(plain))
     with pytest.raises(TypeError, match="name: expected a str"):
         bank.add(3, mos(plain))
+    with pytest.raises(TypeError, match="name: expected a str"):
+        bank.alias(None, "one")
     for change in (bank.remove, lambda n: bank.swap(n, mos(plain)), lambda n: bank.rename(n, "x")):
         with pytest.raises(LookupError, match=r"'nobody'.*add\(\) it first"):
             change("nobody")

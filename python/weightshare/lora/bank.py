@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import NoReturn
 
 import torch
@@ -123,8 +124,7 @@ class AdapterBank:
             CapacityError: there is no room; says how much is wanted.
         """
         with self._changing:
-            if not isinstance(name, str):
-                raise TypeError(f"name: expected a str, got {type(name).__name__}")
+            _check_name(name)
             if name in self._names:
                 raise ValueError(f"adapter {name!r}: is in the bank already; swap() replaces it")
             self._point(name, self._load(name, source, scale))
@@ -180,6 +180,7 @@ class AdapterBank:
             LookupError: there is no such adapter.
         """
         with self._changing:
+            _check_name(name)
             self._point(name, self._known(of))
 
     def rename(self, old: str, new: str) -> None:
@@ -190,6 +191,7 @@ class AdapterBank:
             ValueError: the new name is taken.
         """
         with self._changing, self._state:
+            _check_name(new)
             resident = self._known(old)
             if new in self._names:
                 raise ValueError(f"adapter {new!r}: the name is taken; remove() it first")
@@ -319,11 +321,14 @@ class AdapterBank:
             raise ValueError(f"batch: {len(names)} sequences, but lengths are {lengths}")
         residents = [None if name is None else self._known(name) for name in names]
         slots = tuple(-1 if resident is None else resident.slot for resident in residents)
-        key = slots, expand, None if lengths is None else tuple(lengths)
+        used = {r.slot: r for r in residents if r is not None}
+        kinds = frozenset(chain.from_iterable(r.rows for r in used.values()))
+        key = slots, kinds, expand, None if lengths is None else tuple(lengths)
         if self._last is None or self._last[0] != key:
-            made = Batch(slots, self.memory.sizes.adapters, expand, lengths, self.device)
+            adapters = self.memory.sizes.adapters
+            made = Batch(slots, kinds, adapters, expand, lengths, self.device)
             self._last = key, made
-        return list({r.slot: r for r in residents if r is not None}.values()), self._last[1]
+        return list(used.values()), self._last[1]
 
     def _load(self, name: str, source: Source, scale: float | None) -> Resident:
         """An adapter in rows and a slot of its own, which no name stands for yet."""
@@ -371,3 +376,8 @@ class AdapterBank:
                 f"{', '.join(map(repr, self._names)) or 'none'}; add() it first"
             )
         return self._names[name]
+
+
+def _check_name(name: object) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")

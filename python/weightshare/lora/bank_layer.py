@@ -29,6 +29,7 @@ class Batch:
 
     Args:
         slots: of each sequence, -1 for none.
+        kinds: projection types that any of these adapters changes.
         adapters: slots that the tables have.
         expand: rows of the model's batch for each sequence, side by side.
         lengths: tokens of each sequence, where sequences are packed one after another.
@@ -38,13 +39,14 @@ class Batch:
     def __init__(
         self,
         slots: Sequence[int],
+        kinds: frozenset[str],
         adapters: int,
         expand: int,
         lengths: Sequence[int] | None,
         device: torch.device,
     ):
-        self.idle = all(slot < 0 for slot in slots)
-        self.adapters, self.sequences, self.expand = adapters, len(slots), expand
+        self.kinds, self.adapters = kinds, adapters
+        self.sequences, self.expand = len(slots), expand
         ids = torch.tensor(slots, dtype=torch.int64)
         self.packed = lengths is not None
         if lengths is not None:
@@ -104,7 +106,7 @@ class BankLinear(nn.Module):
     def __init__(self, base: nn.Module, bank: AdapterBank, slab: Slab, layer: int):
         super().__init__()
         self.base, self.layer, self.training = base, layer, base.training
-        self.bank, self.slab = bank, slab
+        self.bank, self.slab, self.kind = bank, slab, slab.target.name
         self.siblings: Siblings | None = None
         self.register_load_state_dict_pre_hook(_below)
 
@@ -115,7 +117,7 @@ class BankLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output, plus what the adapter of each row adds."""
         batch = self.bank.running
-        if batch is None or batch.idle:
+        if batch is None or self.kind not in batch.kinds:
             return self.base(x)
         if self.siblings is None:
             return adapted((self,), x, batch)[0]
@@ -131,7 +133,7 @@ class BankLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Which layer of its type this is."""
-        return f"{self.slab.target.name}, layer={self.layer}"
+        return f"{self.kind}, layer={self.layer}"
 
 
 def _below(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -168,10 +170,12 @@ class Siblings:
             self.shared = False
             self.forget()
             return adapted((member,), x, batch)[0]
-        ys = adapted(self.members, x, batch)
-        self._outputs = {id(m): y for m, y in zip(self.members, ys, strict=True)}
-        self._x = x
-        return self._outputs.pop(key)
+        active = [m for m in self.members if m.kind in batch.kinds]
+        outputs = dict(zip(map(id, active), adapted(active, x, batch), strict=True))
+        y = outputs.pop(key)
+        if outputs:
+            self._x, self._outputs = x, outputs
+        return y
 
     def forget(self) -> None:
         """Drop outputs that were not asked for."""

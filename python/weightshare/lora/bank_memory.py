@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -174,10 +175,7 @@ class Memory:
 
     def write(self, resident: Resident, adapter: Adapter) -> None:
         """Copy an adapter to where it was given room, and nobody reads before it has a name."""
-        on_gpu = self.device.type == "cuda"
-        with torch.inference_mode(False), torch.no_grad():
-            if on_gpu:  # kernels of batches that have ended may still read rows that were freed
-                torch.cuda.synchronize(self.device)
+        with self._alone():
             for kind, slab in self.slabs.items():
                 weights = adapter.weights.get(kind)
                 if weights is None:
@@ -188,7 +186,17 @@ class Memory:
                 slab.a.write(resident.slot, a, weights.a, weights.a_index)
                 slab.b.write(resident.slot, b, weights.b, weights.b_index)
             self.scales[resident.slot] = adapter.scale
-            if on_gpu:  # a batch on another stream may name it as soon as this returns
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """For writing: on a GPU, kernels of batches that have ended may still read what was freed,
+        and a batch on another stream may read what is written as soon as it has a name.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            yield
+            if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
 
     def grow(self, rows: Mapping[str, int], sizes: Sizes) -> None:
@@ -197,7 +205,7 @@ class Memory:
         smaller = sizes.adapters < old.adapters or sizes.rank < old.rank
         if smaller or any(rows[n] < slab.rows for n, slab in self.slabs.items()):
             raise ValueError("grow: a bank cannot shrink; make a smaller one")
-        with torch.inference_mode(False), torch.no_grad():
+        with self._alone():
             made = {
                 name: [side.grown(rows[name], sizes) for side in slab.sides]
                 for name, slab in self.slabs.items()
