@@ -72,7 +72,7 @@ class MoSLayer(nn.Module, BaseTunerLayer):
         self.mos_scale: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.quantization_backend = resolve_quantization_backend(base_layer, **quantization)
-        self._active_adapter = []
+        self._active_adapter: str | list[str] = []
         self._kept: Any = None
 
     def add(self, name: str, pool: ShardPool, number: int, scale: float, dropout: float) -> None:
