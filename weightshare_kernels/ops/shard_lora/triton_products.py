@@ -65,7 +65,9 @@ def _gathered(
     if WHOLE:
         name = tl.load(table + first // width, mask=ok, other=-1)
         inside = (name >= 0) & (name < count)
-        edge = pool + name.to(tl.int64) * pitch + (first % width).to(tl.int64) * step
+        # Not a remainder, of which Triton 3.6 does not know that 16 divides it.
+        within = (first - first // width * width).to(tl.int64) * step
+        edge = pool + name.to(tl.int64) * pitch + within
         tile = tl.load(edge[:, None] + inner[None, :] * step, mask=inside[:, None], other=0.0)
     else:
         column = first + inner
