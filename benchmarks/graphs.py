@@ -34,7 +34,8 @@ class Captured:
 
     name: str
     graphs: dict[str, torch.cuda.CUDAGraph]
-    works: list[Workload]  # own what the graphs read
+    works: list[Workload]  # these and grads own what the graphs read
+    grads: list[list[Tensor]]
     repeats: dict[str, int] = field(default_factory=dict)
     samples: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PHASES})
 
@@ -92,10 +93,22 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def waits_for_the_host(run: Callable[[], None]) -> None:
+    """Raise RuntimeError where a run synchronises: a capture that fails spoils all that follow."""
+    run()  # what is made once may wait
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def captured(name: str, works: list[Workload]) -> Captured:
     """Both phases of one side; raises RuntimeError where a phase waits for the host."""
     grads = [[torch.randn_like(y) for y in outputs_of(work)] for work in works]
     graphs = {}
+    waits_for_the_host(lambda: both(works[0], grads[0]))
     for phase, function in (("forward", forward), ("both", both)):
 
         def run(function=function) -> None:
@@ -103,7 +116,7 @@ def captured(name: str, works: list[Workload]) -> Captured:
                 function(work, own)
 
         graphs[phase] = capture(run)
-    return Captured(name, graphs, works)
+    return Captured(name, graphs, works, grads)
 
 
 def seconds(graph: torch.cuda.CUDAGraph, repeats: int) -> float:

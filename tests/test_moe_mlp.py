@@ -311,7 +311,9 @@ def test_hidden_units_far_from_zero(activation):
     y = moe_mlp(x, up, torch.ones(1, 1, 1, device=DEVICE), routing, activation=activation)
     z = values[:, None].clone().requires_grad_()
     want = reference.activate(torch.cat([z] * up.shape[1], 1), activation)
-    torch.testing.assert_close(y, want, rtol=1e-6, atol=1e-30)
+    # exp(-60) as a GPU has it, by a power of two, is exact to 60 roundings of the exponent.
+    rtol = 60 * torch.finfo(torch.float32).eps if DEVICE == "cuda" else 1e-6
+    torch.testing.assert_close(y, want, rtol=rtol, atol=1e-30)
     torch.testing.assert_close(gradients(y, [x]), gradients(want, [z]), rtol=1e-5, atol=1e-30)
 
 
@@ -435,7 +437,8 @@ def test_bad_input(changes, kind, message):
 
 
 @pytest.mark.skipif(
-    _register.backend_of("moe_mlp", "cpu") != "cpu", reason="checks of the CPU library"
+    DEVICE == "cuda" or _register.backend_of("moe_mlp", "cpu") != "cpu",
+    reason="checks of the CPU library; a GPU's tables are not read by the host",
 )
 @pytest.mark.parametrize("table", ["permutation", "offsets"])
 def test_tables_that_lead_outside_are_refused(table):
