@@ -30,8 +30,8 @@ class Maker:
 
     def randn(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
         """Normal tensor of the case's dtype that requires grad."""
-        wide = {"dtype": torch.float64, "device": self.device}
-        value = torch.randn(*shape, generator=self._there, **wide) * scale
+        value = torch.empty(shape, dtype=torch.float64, device=self.device)
+        value.normal_(generator=self._there).mul_(scale)
         return value.to(dtype or self.dtype).requires_grad_(self.grad)
 
     def alpha(self, count: int) -> Tensor:
