@@ -121,13 +121,8 @@ def test_layers_that_share_an_input_read_it_once(served, monkeypatch):
     model, _, bank, _ = served
     from weightshare.lora import bank_layer
 
-    calls, real = [], bank_layer.shard_lora_group
-
-    def counted(x, bases, *rest, **options):
-        calls.append(len(bases))
-        return real(x, bases, *rest, **options)
-
-    monkeypatch.setattr(bank_layer, "shard_lora_group", counted)
+    calls, real = [], bank_layer._infer
+    monkeypatch.setattr(bank_layer, "_infer", lambda *args: calls.append(args[-1]) or real(*args))
     outputs(model, bank, ["one"], torch.randn(1, 2, 16))
     assert calls == [3, 1, 2, 1] * 3
     calls.clear()
@@ -200,6 +195,26 @@ def test_dtypes(dtype, slab):
     got = outputs(model, bank, ["one", None], x)
     exact = by_row({"one": adapter}, plain, ["one", None], x, torch.float64)
     check(got, exact, by_row({"one": adapter}, plain, ["one", None], x, dtype))
+
+
+def test_slabs_of_a_wrong_dtype_are_refused():
+    plain, model = net(), net()
+    bank = bank_of(model, dtype=torch.bfloat16)
+    bank.add("one", mos(plain, 1))
+    with pytest.raises(TypeError, match=r"a_pool.*bfloat16"):
+        outputs(model, bank, ["one"], torch.randn(1, 2, 16))
+
+
+def test_with_and_without_the_ops_checks(served, monkeypatch):
+    model, _, bank, _ = served
+    from weightshare.lora import bank_layer
+
+    names = ["two", None, "one"]
+    inputs = [torch.randn(3, 16), torch.randn(3, 4, 16), torch.randn(4, 3, 16).transpose(0, 1)]
+    fast = [outputs(model, bank, names, x) for x in inputs]
+    monkeypatch.setattr(bank_layer, "_checked", lambda *_: False)
+    for x, y in zip(inputs, fast, strict=True):
+        assert torch.equal(outputs(model, bank, names, x), y)
 
 
 def test_autocast(served):
