@@ -10,13 +10,40 @@
 
 namespace weightshare::cuda {
 
+// How both phases of `tiles` are split; by a warp, or early by the host.
+template <typename Way>
+__device__ __forceinline__ ShardPlan shard_plan(const typename Way::Call& call, int tiles) {
+  const int blocks = gridDim.x;
+  return {shard_split([&](int each, int team) {
+            return Way::shrink_cost(call, tiles, blocks, each, team);
+          }),
+          shard_split([&](int each, int team) {
+            return Way::expand_cost(call, tiles, blocks, each, team);
+          })};
+}
+
+template <typename Way>
+ShardPlan shard_plan_early(const typename Way::Call& call, int tiles, int blocks) {
+  return {shard_split_early([&](int each, int team) {
+            return Way::shrink_cost(call, tiles, blocks, each, team);
+          }),
+          shard_split_early([&](int each, int team) {
+            return Way::expand_cost(call, tiles, blocks, each, team);
+          })};
+}
+
 template <typename Way>
 __global__ void __launch_bounds__(kShardThreads, 1)
     shard_lora_kernel(const __grid_constant__ typename Way::Call call, int phases) {
   __shared__ ShardTiles tiles;
+  __shared__ ShardPlan plan;
   shard_group(tiles, call.ids, call.rows, call.adapters, Way::kTile);
-  const ShardPlan plan = {Way::shrink_split(call, tiles.active),
-                          Way::expand_split(call, tiles.count)};
+  if (threadIdx.x < kWarp) {
+    const ShardPlan made = tiles.count <= kShardEarly ? call.plans[tiles.count - 1]
+                                                      : shard_plan<Way>(call, tiles.count);
+    if (threadIdx.x == 0) plan = made;
+  }
+  __syncthreads();
   if (phases & kFirstPhase) {
     const auto asked = Way::ask(call, tiles, plan.expand);
     Way::shrink(call, tiles, plan.shrink);
@@ -42,20 +69,22 @@ bool shard_wide(const ShardCall<T, P>& call) {
 // Elements of h that a call of so many rows needs, `ranks` counted as ShardCall has them: as many
 // as there can be tiles of 8 rows, or slices of one.
 inline int64_t shard_scratch(int64_t rows, int64_t ranks) {
-  return clamp(rows, int64_t(8), int64_t(kShardRows)) * ranks * 8;
+  return clamp(rows, int64_t(4), int64_t(kShardRows)) * ranks * 8;
 }
 
 template <typename Way>
 cudaError_t shard_launch(typename Way::Call call, int64_t rows, int processors,
                          cudaStream_t stream) {
   const int64_t slabs = call.slabs(Way::kColumns);
-  // Items, of up to 8 slices, are counted in 32 bits.
+  // Items, of up to 4 slices, are counted in 32 bits.
   const int64_t most =
       clamp((int64_t(1) << 27) / (slabs + call.ranks + 1), int64_t(1), int64_t(kShardRows));
   for (int64_t done = 0; done < rows; done += call.rows) {
     call.rows = static_cast<int>(least(rows - done, most));
     const int64_t blocks = clamp(call.rows * (slabs > call.ranks ? slabs : call.ranks), int64_t(1),
                                  int64_t(processors));
+    for (int tiles = 1; tiles <= least(kShardEarly, call.rows); ++tiles)
+      call.plans[tiles - 1] = shard_plan_early<Way>(call, tiles, static_cast<int>(blocks));
     const cudaError_t status =
         launch_phases(shard_lora_kernel<Way>, blocks, kShardThreads, 0, stream, call);
     if (status != cudaSuccess) return status;

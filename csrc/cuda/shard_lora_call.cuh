@@ -6,6 +6,7 @@
 namespace weightshare::cuda {
 
 constexpr int kShardTargets = 4;  // of a launch
+constexpr int kShardEarly = 4;    // plans for up to so many tiles are made on the host
 constexpr int kShardPad = 16;     // h of each target begins at a multiple of so many ranks
 
 // A pool [shards, width] and the table of one matrix per adapter, [adapters, rank, parts].
@@ -46,9 +47,10 @@ struct ShardCall {
   Sum<T>* h;             // see shard_scratch
   int64_t x_stride;
   Sum<T> scale;
+  ShardPlan plans[kShardEarly];
   int count, rows, d_in, ranks, adapters;  // ranks: of all targets, each padded
 
-  __device__ __forceinline__ int chunks(int each) const {
+  __host__ __device__ __forceinline__ int chunks(int each) const {
     int sum = 0;
     for (int g = 0; g < count; ++g) sum += shard_parts(targets[g].rank, each);
     return sum;
@@ -59,7 +61,7 @@ struct ShardCall {
     for (int g = 0; g < count; ++g) sum += shard_parts(targets[g].d_out, columns);
     return sum;
   }
-  __device__ __forceinline__ int most_ranks() const {
+  __host__ __device__ __forceinline__ int most_ranks() const {
     int most = 0;
     for (int g = 0; g < count; ++g) most = targets[g].rank > most ? targets[g].rank : most;
     return most;

@@ -76,13 +76,13 @@ struct ShardLanes {
     }
   }
 
-  __device__ __forceinline__ static ShardSplit shrink_split(const Call& call, int tiles) {
+  // Of a split into so many rows of A, and teams of so many warps.
+  __host__ __device__ __forceinline__ static float shrink_cost(const Call& call, int tiles,
+                                                               int blocks, int ranks, int team) {
+    if (ranks > kRanks) return kShardNever;
     const int steps = shard_parts(call.d_in, kShrinkUnroll * int(kWarp) * V);
-    return shard_split([&](int ranks, int team) {
-      if (ranks > kRanks) return kShardNever;
-      return shard_rounds(tiles * call.chunks(ranks), team) *
-             (3 + shard_steps(steps, team) * float(4 + ranks));
-    });
+    return shard_rounds(tiles * call.chunks(ranks), team, blocks) *
+           (3 + shard_steps(steps, team) * float(4 + ranks));
   }
 
   __device__ __forceinline__ static void shrink(const Call& call, const ShardTiles& tiles,
@@ -128,13 +128,12 @@ struct ShardLanes {
     return (step * team.size + team.part) * kGroups + group;
   }
 
-  __device__ __forceinline__ static ShardSplit expand_split(const Call& call, int tiles) {
-    const int items = tiles * call.slabs(kColumns);
+  __host__ __device__ __forceinline__ static float expand_cost(const Call& call, int tiles,
+                                                               int blocks, int each, int team) {
+    if (each > 1) return kShardNever;
     const int steps = shard_parts(call.most_ranks(), kGroups * kExpandUnroll);
-    return shard_split([&](int each, int team) {
-      if (each > 1) return kShardNever;
-      return shard_rounds(items, team) * (3 + shard_steps(steps, team) * 5);
-    });
+    return shard_rounds(tiles * call.slabs(kColumns), team, blocks) *
+           (3 + shard_steps(steps, team) * 5);
   }
 
   // What this lane will read first in phase two.

@@ -25,7 +25,7 @@ struct ShardMma {
   static constexpr int kVector = 8;        // elements of a load
   static constexpr int kShrinkUnroll = 4;  // steps in flight
   static constexpr int kExpandUnroll = 2;
-  static constexpr int kMostSlices = 8;  // parts of x that different teams multiply
+  static constexpr int kMostSlices = 4;  // parts of x that different teams multiply
   static_assert(kRanks == kShardPad);
 
   using Words = Vec<uint32_t, 4>;
@@ -79,16 +79,15 @@ struct ShardMma {
     }
   }
 
-  // Into how many slices x is cut, and for teams of what size.
-  __device__ __forceinline__ static ShardSplit shrink_split(const Call& call, int tiles) {
-    const int steps = shard_parts(call.d_in, kSlice), chunks = call.chunks(kRanks);
-    const int most = call.rows > kMostSlices ? call.rows : kMostSlices;  // see shard_scratch
-    return shard_split([&](int slices, int team) {
-      if (slices * tiles > most) return kShardNever;
-      const float own = shard_steps(steps, team * slices);
-      return shard_rounds(tiles * chunks * slices, team) *
-             (3 + 8 * ceilf(own / kShrinkUnroll) + 2 * own + float(slices) / 4);
-    });
+  // Of a split of x into so many slices, and teams of so many warps.
+  __host__ __device__ __forceinline__ static float shrink_cost(const Call& call, int tiles,
+                                                               int blocks, int slices, int team) {
+    if (slices > kMostSlices ||
+        slices * tiles > (call.rows > kMostSlices ? call.rows : kMostSlices))
+      return kShardNever;  // h would not hold them, see shard_scratch
+    const float own = shard_steps(shard_parts(call.d_in, kSlice), team * slices);
+    return shard_rounds(tiles * call.chunks(kRanks) * slices, team, blocks) *
+           (3 + 8 * ceilf(own / kShrinkUnroll) + 2 * own + float(slices) / 4);
   }
 
   __device__ __forceinline__ static void shrink(const Call& call, const ShardTiles& tiles,
@@ -136,21 +135,18 @@ struct ShardMma {
     return (step * team.size + team.part) * kRanks + int(threadIdx.x) % 4 * 4;
   }
 
-  __device__ __forceinline__ static ShardSplit expand_split(const Call& call, int tiles) {
-    const int items = tiles * call.slabs(kColumns);
-    const int steps = shard_parts(call.most_ranks(), kRanks);
-    return shard_split([&](int each, int team) {
-      if (each > 1) return kShardNever;
-      const float own = shard_steps(steps, team);
-      return shard_rounds(items, team) * (3 + 6 * ceilf(own / kExpandUnroll) + 2 * own);
-    });
+  __host__ __device__ __forceinline__ static float expand_cost(const Call& call, int tiles,
+                                                               int blocks, int each, int team) {
+    if (each > 1) return kShardNever;
+    const float own = shard_steps(shard_parts(call.most_ranks(), kRanks), team);
+    return shard_rounds(tiles * call.slabs(kColumns), team, blocks) *
+           (3 + 6 * ceilf(own / kExpandUnroll) + 2 * own);
   }
 
   // What this lane will read first in phase two.
-  __device__ __forceinline__ static ShardAsked<T, 4 * kExpandUnroll> ask(const Call& call,
-                                                                         const ShardTiles& tiles,
-                                                                         ShardSplit split) {
-    ShardAsked<T, 4 * kExpandUnroll> asked;
+  __device__ __forceinline__ static ShardAsked<T, 4> ask(const Call& call, const ShardTiles& tiles,
+                                                         ShardSplit split) {
+    ShardAsked<T, 4> asked;
     const int slabs = call.slabs(kColumns);
     const ShardTeam team(split.team);
     const int item = team.item(0, tiles.count * slabs);
@@ -163,8 +159,8 @@ struct ShardMma {
     asked.matrix = &target.b;
     asked.place = from.place;
 #pragma unroll
-    for (int i = 0; i < 4 * kExpandUnroll; ++i) {
-      const int rank = turn(team, i / 4) + i % 4;
+    for (int i = 0; i < 4; ++i) {
+      const int rank = turn(team, 0) + i;
       asked.numbers[i] = from.number(rank < target.rank, rank);
     }
     return asked;
@@ -179,29 +175,28 @@ struct ShardMma {
                                                  Vec<float, 4> (&sums)[4]) {
     constexpr int U = kExpandUnroll;
     for (int step = 0; (step * team.size + team.part) * kRanks < target.rank; step += U) {
+      int32_t numbers[U][4];
+      Vec<float, 4> by[U] = {};
       Words shards[U][4];
-      Vec<float, 4> by[U];
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         const int rank = turn(team, step + u);
-        int32_t numbers[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i)
-          numbers[i] = from.number(inside && rank + i < target.rank, rank + i);
-        by[u] = load_if<float, 4>(has_row && rank < target.rank, h + rank);
+          numbers[u][i] = from.number(inside && rank + i < target.rank, rank + i);
 #pragma unroll
-        for (int i = 0; i < 4; ++i)
-          shards[u][i] = load(target.b.has(numbers[i]), from.at(numbers[i]));
-      }
-      for (int s = 1; s < slices; ++s) {
+        for (int s = 0; s < kMostSlices; ++s) {
+          const auto part =
+              load_if<float, 4>(has_row && s < slices && rank < target.rank, h + s * slice + rank);
 #pragma unroll
-        for (int u = 0; u < U; ++u) {
-          const int rank = turn(team, step + u);
-          const auto more = load_if<float, 4>(has_row && rank < target.rank, h + s * slice + rank);
-#pragma unroll
-          for (int i = 0; i < 4; ++i) by[u].at[i] += more.at[i];
+          for (int i = 0; i < 4; ++i) by[u].at[i] += part.at[i];
         }
       }
+#pragma unroll
+      for (int u = 0; u < U; ++u)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          shards[u][i] = load(target.b.has(numbers[u][i]), from.at(numbers[u][i]));
 #pragma unroll
       for (int u = 0; u < U; ++u) {
         uint32_t high[2], low[2];

@@ -27,9 +27,19 @@ __device__ __forceinline__ void shard_group(ShardTiles& tiles, const int64_t* id
                                             int adapters, int most) {
   static_assert(kShardRows <= kShardThreads);
   const int n = threadIdx.x, lane = n % int(kWarp), warp = n / int(kWarp);
+  const uint64_t id = n < rows && ids != nullptr ? static_cast<uint64_t>(ids[n]) : 0;
+  const bool inside = id < static_cast<uint64_t>(adapters);
+  if (rows == 1) {  // in a hurry
+    if (n == 0) {
+      tiles.adapters[0] = inside ? static_cast<int>(id) : adapters;
+      tiles.rows[0] = tiles.first[0] = 0;
+      tiles.first[1] = tiles.count = 1;
+      tiles.active = inside;
+    }
+    __syncthreads();
+    return;
+  }
   if (n < kShardRows) {
-    const uint64_t id = n < rows && ids != nullptr ? static_cast<uint64_t>(ids[n]) : 0;
-    const bool inside = id < static_cast<uint64_t>(adapters);
     tiles.keys[n] = n >= rows ? 0x7fffffff : (inside ? static_cast<int>(id) : adapters);
     tiles.leads[n] = false;
   }
@@ -88,32 +98,46 @@ __host__ __device__ __forceinline__ int shard_parts(int n, int each) {
   return static_cast<int>((unsigned(n) + unsigned(each) - 1) / unsigned(each));
 }
 
-constexpr float kShardNever = 1e30f;  // cost of what cannot be
+// Estimated times are in units of a hundred nanoseconds or so. A step costs mostly its latency, so
+// few items go to large teams; many go to a warp each, which saves sums over teams.
+constexpr float kShardNever = 1e30f;  // of what cannot be
+constexpr float kShardMost = 1 << 22;
 
 // How often every team of the grid has to take an item.
-__device__ __forceinline__ float shard_rounds(int items, int team) {
-  const int warps = blockDim.x / kWarp;
-  return ceilf(float(items) / float(int(gridDim.x) * (warps / team)));
+__host__ __device__ __forceinline__ float shard_rounds(int items, int team, int blocks) {
+  return ceilf(float(items) / float(blocks * (kShardWarps / team)));
 }
 
 // Times that something of `steps` takes `by` at once.
-__device__ __forceinline__ float shard_steps(int steps, int by) {
+__host__ __device__ __forceinline__ float shard_steps(int steps, int by) {
   return ceilf(float(steps) / float(by));
 }
 
-// The split with the least estimated time `cost(each, team)`, one candidate a lane: powers of two,
-// `each` up to 8, and 1 and 1 always possible. Estimates are in units of a hundred nanoseconds or
-// so; a step costs mostly its latency, so few items go to large teams, and many to a warp each,
-// which saves sums over teams.
+// The split with the least `cost(each, team)`, powers of two, `each` up to 8; 1 and 1 is always
+// possible, and taken where all costs are beyond the most. A candidate a lane.
 template <typename Cost>
 __device__ __forceinline__ ShardSplit shard_split(const Cost& cost) {
   const int lane = threadIdx.x % kWarp, each = 1 << lane % 4, team = 1 << lane / 4;
-  constexpr float kMost = 1 << 22;
-  float time = kMost + float(each > 1) + float(team > 1);
-  if (team <= int(blockDim.x / kWarp)) time = fminf(cost(each, team), time);
+  float time = kShardMost + float(lane > 0);
+  if (team <= kShardWarps) time = fminf(cost(each, team), time);
   const unsigned rank = static_cast<unsigned>(time * 4) << 5 | lane;
   const int best = __reduce_min_sync(kAllLanes, rank) % kWarp;
   return {1 << best % 4, 1 << best / 4};
+}
+
+// The same on the host.
+template <typename Cost>
+ShardSplit shard_split_early(const Cost& cost) {
+  ShardSplit best = {1, 1};
+  unsigned least = static_cast<unsigned>(kShardMost * 4);
+  for (int team = 1; team <= kShardWarps; team *= 2)
+    for (int each = 1; each <= 8; each *= 2) {
+      const float time = cost(each, team);
+      if (time >= kShardMost || static_cast<unsigned>(time * 4) >= least) continue;
+      best = {each, team};
+      least = static_cast<unsigned>(time * 4);
+    }
+  return best;
 }
 
 // Which team of the grid a warp belongs to, and its part in it.

@@ -79,10 +79,10 @@ __global__ void tiles_of(const int64_t* ids, int rows, int adapters, int most, i
     }
 }
 
-// How phase one is split for a target of such a size.
+// How phase one is split for a target of such a size, by all threads and by the host.
 template <typename Way>
 __global__ void split_of(typename Way::Call call, int tiles, int* out) {
-  const ShardSplit split = Way::shrink_split(call, tiles);
+  const ShardSplit split = shard_plan<Way>(call, tiles).shrink;
   out[2 * threadIdx.x] = split.each;
   out[2 * threadIdx.x + 1] = split.team;
 }
@@ -94,6 +94,9 @@ cudaError_t split(int tiles, int rows, int rank, int d_in, int64_t blocks, int* 
   call.targets[0].rank = rank;
   call.rows = rows;
   call.d_in = d_in;
+  const ShardSplit early = shard_plan_early<Way>(call, tiles, int(blocks)).shrink;
+  out[2 * kShardThreads] = early.each;
+  out[2 * kShardThreads + 1] = early.team;
   return launch(split_of<Way>, blocks, kShardThreads, 0, nullptr, call, tiles, out);
 }
 
