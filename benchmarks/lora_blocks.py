@@ -13,15 +13,7 @@ from torch import Tensor, nn
 from weightshare_kernels._cases import Case, Inputs, Maker, Workload
 from weightshare_kernels.ops.shard_lora.reference import matrix
 
-LLAMA = dict(
-    vocab_size=256,
-    hidden_size=512,
-    intermediate_size=1408,
-    num_hidden_layers=4,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    max_position_embeddings=256,
-)
+LLAMA = dict(num_hidden_layers=4, num_attention_heads=8, num_key_value_heads=4, vocab_size=256)
 TYPES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANKS = dict(r=16, equivalent_rank=8, private_rank=1, shards=8)
 ADAPTERS, CONTEXT, ALPHA = 16, 48, 16.0
@@ -75,19 +67,19 @@ def targets(model: nn.Module) -> list[tuple[str, str, int]]:
     ]
 
 
-def decode_inputs(m: Maker) -> Inputs:
+def decode_inputs(d: int, m: Maker) -> Inputs:
     """A token and a context of each sequence, a Llama, and an adapter per sequence."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**LLAMA)).eval().to(m.device, m.dtype)
+    sizes = LLAMA | {"hidden_size": d, "intermediate_size": d * 11 // 4}
+    base = LlamaForCausalLM(LlamaConfig(**sizes)).eval().to(m.device, m.dtype)
     base.requires_grad_(False)
     widths = {
         kind: (base.get_submodule(path).in_features, base.get_submodule(path).out_features)
         for path, kind, layer in targets(base)
         if layer == 0
     }
-    d = LLAMA["hidden_size"]
     return {
         "x": m.randn(ADAPTERS, 1, d),
         "context": m.randn(ADAPTERS, CONTEXT, d).detach(),
@@ -411,10 +403,10 @@ def millisecond(inputs: Inputs) -> Workload:
     return on_the_host(wait)
 
 
-CASES = [
-    Case(
-        "llama_decode_16_adapters",
-        decode_inputs,
+def _decode_case(d: int) -> Case:
+    return Case(
+        f"llama_d{d}_decode_16_adapters",
+        partial(decode_inputs, d),
         decode,
         decode_alone,
         {
@@ -424,7 +416,12 @@ CASES = [
         ours=partial(decode_workload, banked),
         bars={"peft:forward": 2.0},
         tier="bench",
-    ),
+    )
+
+
+CASES = [
+    _decode_case(256),
+    _decode_case(512),
     _layer_case(1024, 4.0),
     _layer_case(4096, 1.5),
     Case(
