@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import weakref
@@ -55,7 +54,12 @@ def tuned(kernel: str, like: Tensor) -> Tile | None:
     """Tile measured best on this GPU, from ``configs/<gpu>.json``, or None."""
     if like.device.type != "cuda":
         return None
-    return _tuned(torch.cuda.get_device_name(like.device)).get((kernel, like.element_size()))
+    return _tuned_of(like.device).get((kernel, like.element_size()))
+
+
+@functools.cache
+def _tuned_of(device: torch.device) -> dict[tuple[str, int], Tile]:
+    return _tuned(torch.cuda.get_device_name(device))
 
 
 @functools.cache
@@ -103,8 +107,9 @@ def capability(like: Tensor) -> int:
 
 def precision(like: Tensor) -> str:
     """``"tf32"`` where PyTorch's own products may use it, else ``"ieee"``."""
-    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and like.dtype == torch.float32 else "ieee"
+    if like.dtype != torch.float32:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def sum_dtype(like: Tensor) -> torch.dtype:
@@ -148,6 +153,8 @@ def launch(kernel, programs: tuple[int, ...], arguments: tuple, tile: Tile) -> N
         recording.append((kernel, programs, arguments, tile))
         return
     device = next(a.device for a in arguments if isinstance(a, Tensor))
-    there = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with there:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[programs](*arguments, num_warps=tile.warps, num_stages=tile.stages)
+        return
+    with torch.cuda.device(device):
         kernel[programs](*arguments, num_warps=tile.warps, num_stages=tile.stages)

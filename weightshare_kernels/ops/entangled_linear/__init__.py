@@ -79,7 +79,7 @@ def entangled_linear(
     cells = cells.to(_checks.accumulate_dtype(weight.dtype))
     if bias is not None:
         outs = _grid.make_grid(weight.shape[:1], [(out,) for out, _ in choices], alpha)
-        bias = (bias * _per_element(outs, alpha)).to(x.dtype)
+        bias = (bias * _grid.mixture_of_elements(outs, alpha)).to(x.dtype)
     if not _collect.plain():
         return _EntangledLinear.apply(x, weight, bias, cells, *grid.classes, None)
     collector = _collect.collect(weight) if torch.is_grad_enabled() else None
@@ -138,12 +138,8 @@ def entangled_linear_independent(
 
 def _mixture(sizes: Sequence[int], alpha: Tensor, size: int) -> Tensor:
     """Factor of every element of an axis, ``sum_k alpha_k [j < size_k]``."""
-    return _per_element(_grid.make_grid((size,), [(s,) for s in sizes], alpha), alpha)
-
-
-def _per_element(grid: _grid.Grid, alpha: Tensor) -> Tensor:
-    factors = torch.nn.functional.pad(_grid.mixture(grid, alpha), (0, 1))
-    return factors[grid.classes[0]]
+    grid = _grid.make_grid((size,), [(s,) for s in sizes], alpha)
+    return _grid.mixture_of_elements(grid, alpha)
 
 
 def _check_width(x: Tensor, weight: Tensor) -> None:

@@ -8,7 +8,7 @@ from torch.autograd import Function
 
 from weightshare_kernels import _buffers, _checks, _collect
 from weightshare_kernels._register import define, lean
-from weightshare_kernels._select import Axis, Selection, select
+from weightshare_kernels._select import Axis, Selection, select, view
 from weightshare_kernels.ops.expert_mixture_linear import reference
 
 _TRITON = "weightshare_kernels.ops.expert_mixture_linear.triton"
@@ -147,7 +147,7 @@ def _along(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
     """A selection of one dimension, differentiably."""
     if axis.index is not None:
         return tensor.index_select(dim, axis.index)
-    return tensor.narrow(dim, axis.start, axis.length)
+    return view(tensor, dim, axis)
 
 
 def _spans(experts: Tensor, rows: Axis, cols: Axis, dtype: torch.dtype) -> Tensor:

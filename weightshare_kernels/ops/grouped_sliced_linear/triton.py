@@ -140,6 +140,24 @@ def _grouped_outer_kernel(
     tl.store(where, acc.to(target.dtype.element_ty), mask=ok)
 
 
+@triton.jit(do_not_specialize=["groups"])
+def _grouped_sums_kernel(
+    g, sums, table, groups, n, g_k, g_n,  # [k, .], [n]; strides
+    UNIT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SUM: tl.constexpr,
+):  # fmt: skip
+    """``sums = column sums of g`` over the rows that use a column; zero where none does."""
+    cols = tl.program_id(0) * BN + tl.arange(0, BN)
+    acc = tl.zeros((BK, BN), SUM)
+    for group in range(groups):
+        start, stop = tl.load(table + group), tl.load(table + groups + group)
+        used = cols < tl.load(table + 2 * groups + group) * UNIT
+        for first in range(start, stop, BK):
+            k = first + tl.arange(0, BK)
+            at = g + k.to(tl.int64)[:, None] * g_k + cols.to(tl.int64)[None, :] * g_n
+            acc += tl.load(at, mask=(k < stop)[:, None] & used[None, :], other=0.0).to(SUM)
+    tl.store(sums + cols, tl.sum(acc, 0).to(sums.dtype.element_ty), mask=cols < n)
+
+
 def _groups(
     sizes: Sequence[int], outs: Sequence[int], ins: Sequence[int], device: torch.device
 ) -> tuple[Tensor, int]:
@@ -227,12 +245,16 @@ def grad_weight_(
     )  # fmt: skip
     if not bias_size:
         return grad.new_empty(0)
-    rows = torch.repeat_interleave(
-        table[2] * unit, table[1] - table[0], output_size=x.shape[0]
-    )  # outputs of each row
-    used = torch.arange(grad.shape[1], device=grad.device) < rows[:, None]
-    sums = torch.where(used, grad, 0).sum(0)[:bias_size]
-    return torch.nn.functional.pad(sums, (0, bias_size - sums.shape[0]))
+    db = grad.new_empty(bias_size)
+    block = 32
+    _triton.launch(
+        _grouped_sums_kernel,
+        (triton.cdiv(bias_size, block),),
+        (grad, db, table, table.shape[1], bias_size, *grad.stride(), unit, block, 128,
+         _triton.triton_dtype(_triton.sum_dtype(grad))),
+        _triton.Tile(128, block, 1, stages=1),
+    )  # fmt: skip
+    return db
 
 
 def examples(dtype: torch.dtype) -> list[_triton.Example]:

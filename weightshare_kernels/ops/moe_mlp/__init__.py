@@ -10,6 +10,7 @@ from torch.autograd import Function
 
 from weightshare_kernels import _checks, _collect
 from weightshare_kernels._register import define, lean
+from weightshare_kernels._select import lasting, temporary
 from weightshare_kernels.ops.moe_mlp import reference
 
 _TRITON = "weightshare_kernels.ops.moe_mlp.triton"
@@ -193,7 +194,19 @@ def _widths(width, down: Tensor) -> tuple[int | torch.SymInt, Tensor | None]:
             raise ValueError(f"width[{number}]: {value} is outside 0..{f}")
     if len(set(width)) <= 1:
         return (width[0] if width else f), None
-    return max(width), torch.tensor(width, device=down.device)
+    if torch.compiler.is_compiling() or temporary() or down.device.type == "cpu":
+        return max(width), torch.tensor(width, device=down.device)
+    key = (*width, down.device)
+    found = _width_tensors.get(key)
+    if found is None:  # kept, as a copy to a GPU waits and cannot be captured in a graph
+        if len(_width_tensors) >= 1024:
+            _width_tensors.clear()
+        with lasting():
+            found = _width_tensors[key] = torch.tensor(width, device=down.device)
+    return max(width), found
+
+
+_width_tensors: dict[tuple, Tensor] = {}
 
 
 def _compute(
