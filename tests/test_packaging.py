@@ -235,7 +235,8 @@ def test_build_without_a_working_compiler(checkout, compiler):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "docs/tutorial.md", "docs/supernets.md", "docs/moe.md"]
+    "page",
+    ["README.md", "docs/tutorial.md", "docs/supernets.md", "docs/moe.md", "docs/lora.md"],
 )
 def test_documented_code_runs(page):
     """The Python blocks of a page run in order as one script."""
