@@ -2,4 +2,6 @@
 
 #include "cpu/shard_lanes.inl"
 #include "cpu/shard_shrink.inl"
-#include "cpu/shard_combine.inl"
+#include "cpu/shard_tile.inl"
+#include "cpu/shard_expand.inl"
+#include "cpu/shard_outer.inl"
