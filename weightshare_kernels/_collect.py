@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -194,6 +194,21 @@ def _gradient_in_place(weight: Tensor, accumulator) -> Tensor | None:
     if weight.grad is None:
         weight.grad = empty_like(weight).zero_()
     return weight.grad
+
+
+def alone(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    """Views to differentiate a definition by, within a backward pass that is differentiable.
+
+    By the tensors themselves it would go on from one to another: through x to the layers before,
+    which have the same weights, or through gates to the x that they were made of. These give the
+    gradient of a use alone. ``needs`` tells which of them are differentiated by; those of a
+    functorch level that has ended do not know any more that they are.
+    """
+    views = [t.view_as(t) for t in tensors]
+    return [
+        t if t.requires_grad or not needed else t.detach().requires_grad_()
+        for t, needed in zip(views, needs, strict=True)
+    ]
 
 
 def padded(grad: Tensor, shape: torch.Size, rows: Axis, cols: Axis) -> Tensor:

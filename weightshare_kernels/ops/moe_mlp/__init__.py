@@ -294,10 +294,10 @@ def _differentiable_gradients(ctx, grad, x, gate_up, down, gates):
     """Gradients in terms of differentiable PyTorch, for double backward."""
     offsets, permutation, _, widths, _ = ctx.saved_tensors[4:]
     width, activation = ctx.settings
-    tables = offsets, permutation, widths
-    tensors = x, gate_up, down, gates
-    wanted = [t for t, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
+    tables, needs = (offsets, permutation, widths), ctx.needs_input_grad[:4]
     with torch.enable_grad():
+        tensors = x, gate_up, down, gates = _collect.alone([x, gate_up, down, gates], needs)
+        wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
         y, _ = reference.define(x, gate_up, down, gates, *tables, width, activation)
         found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
-    return [next(found) if needed else None for needed in ctx.needs_input_grad[:4]]
+    return [next(found) if needed else None for needed in needs]

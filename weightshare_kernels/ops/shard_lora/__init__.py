@@ -259,7 +259,10 @@ def _check(x, bases, a_pools, b_pools, a_indices, b_indices, scale) -> None:
                 f"{tuple(a.shape[:2])} (and the first target {a_indices[0].shape[0]} adapters)"
             )
     if isinstance(scale, Tensor):
-        if scale.dtype != _checks.accumulate_dtype(x.dtype) or scale.shape != a_indices[0].shape[:1]:
+        if (
+            scale.dtype != _checks.accumulate_dtype(x.dtype)
+            or scale.shape != a_indices[0].shape[:1]
+        ):
             raise ValueError(
                 f"scale: expected {_checks.accumulate_dtype(x.dtype)} of shape "
                 f"{tuple(a_indices[0].shape[:1])}, one per adapter, got {scale.dtype} "
@@ -449,12 +452,13 @@ def _differentiable_gradients(ctx, grads, x, lists, groups):
     count = ctx.count
     needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3 + count : 3 + 3 * count]]
     live = [n for n in range(count) if grads[n] is not None]
-    tensors = [x, *lists[0], *lists[1]]
-    wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
-    if not wanted or not live:
+    if not any(needs) or not live:
         return None, [None] * (2 * count)
     with torch.enable_grad():
+        tensors = x, *pools = _collect.alone([x, *lists[0], *lists[1]], needs)
+        wanted = [t for t, needed in zip(tensors, needs, strict=True) if needed]
         zeros = [torch.zeros_like(grads[n]) for n in live]
+        lists = pools[:count], pools[count:], *lists[2:]
         some = [[values[n] for n in live] for values in lists]
         ys, _ = reference.define(x, zeros, *some, *groups)
         given = [grads[n] for n in live]
