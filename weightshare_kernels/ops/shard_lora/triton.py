@@ -20,7 +20,6 @@ from weightshare_kernels._triton import Tile
 from weightshare_kernels.ops.shard_lora.triton_outer import _outer_kernel
 from weightshare_kernels.ops.shard_lora.triton_products import (
     _expand_kernel,
-    _expand_sum_kernel,
     _shrink_kernel,
 )
 
@@ -158,16 +157,27 @@ def _shrink_tile(g: _Groups, side: _Side, like: Tensor) -> tuple[Tile, bool]:
     return Tile(height, n, k, warps=warps, stages=_stages(3, size), split=split), whole
 
 
-def _expand_tile(g: _Groups, side: _Side, like: Tensor) -> tuple[Tile, bool, int]:
-    """Tile of *expand*, whose depth is the rank; whole shards; tiles of a program."""
+def _expand_tile(g: _Groups, side: _Side, like: Tensor, summed: int) -> tuple[Tile, bool, int]:
+    """Tile of *expand* with a sum over some targets; whole shards; tiles of a program.
+
+    A step takes the whole rank where shared memory holds h of all targets.
+    """
     height, size = _height(g, like), like.element_size()
-    n, whole = side.step({8: 16, 4: 64}.get(size, 128))
-    k = _block(max(side.ranks), 32 if size > 2 else 128)
     if _triton.interpreted():
-        return Tile(height, n, k, stages=1), whole, 2
-    warps = 8 if size == 4 and height > 16 else 4
-    tile = Tile(min(height, 64), n, k, warps=warps, stages=_stages(2, size))
-    return tile, whole, 1 if height == 16 else 4
+        n, whole = side.step(128)
+        return Tile(height, n, _block(max(side.ranks), 32), stages=1), whole, 2
+    rank = max(side.ranks)
+    k = _block(rank, 32 if size > 2 else 128 if rank <= 128 else 64)
+    few, several = height == 16, summed > 1
+    if not several:  # the base takes registers
+        height = min(height, 64)
+    if size == 2 and summed * height * k > 32 * 1024:
+        k, height = min(k, 64), min(height, 64)
+    n, whole = side.step({8: 16, 4: 64}.get(size, 64 if several or k > 64 else 128))
+    warps = 8 if height == 128 or (not few and (size == 4 or rank > k)) else 4
+    stages = _stages(1 if several or size > 2 else 2, size)
+    each = 1 if few else 8 if several else 4
+    return Tile(height, n, k, warps=warps, stages=stages), whole, each
 
 
 def _shrink(xs: Sequence[Tensor], side: _Side, g: _Groups) -> Tensor:
@@ -208,45 +218,45 @@ def _expand(
     parts: Tensor, bases: Sequence[Tensor], side: _Side, g: _Groups
 ) -> tuple[list[Tensor], Tensor]:
     """``base + factor * h G`` of each target, and h."""
-    like, columns = bases[0], side.columns
-    tile, whole, each = _expand_tile(g, side, like)
+    tile, whole, each = _expand_tile(g, side, bases[0], 1)
     parts, h, h_sum = _summed(parts, tile.m)
     ys = [torch.empty_like(base, memory_format=torch.contiguous_format) for base in bases]
     for which in side.alike():
-        some = tuple(bases[n] for n in which)
-        tiles = sum(triton.cdiv(side.sizes[n], each * tile.n) for n in which)
-        _triton.launch(
-            _expand_kernel,
-            (g.slots(tile.m) * tiles,),
-            (parts, h_sum, some, tuple(ys[n] for n in which), *side.arguments(which),
-             tuple(b.stride(0) for b in some), tuple(b.stride(1) for b in some),
-             tuple(columns[n] for n in which), *g.lists, columns[-1], len(which), g.scale,
-             parts.shape[0], whole, max(side.ranks) > tile.k, each, tile.m, tile.n, tile.k, g.bins,
-             tile.stages, _triton.precision(like), _triton.triton_dtype(h.dtype)),
-            tile,
-        )  # fmt: skip
+        outputs = [bases[n] for n in which], [ys[n] for n in which]
+        _launch_expand(parts, h_sum, *outputs, side, which, g, tile, whole, each)
     return ys, h
 
 
 def _expand_sum(parts: Tensor, like: Tensor, side: _Side, g: _Groups) -> tuple[Tensor, Tensor]:
     """``sum over targets of h G`` in like's dtype, and h."""
-    columns = side.columns
-    tile, whole, _ = _expand_tile(g, side, like)
+    tile, whole, each = _expand_tile(g, side, like, len(side.pools))
     parts, h, h_sum = _summed(parts, tile.m)
     y, base = like.new_empty(g.rows, side.sizes[0]), None
-    offsets, permutation, _, *counts = g.lists
     for which in side.alike():
-        _triton.launch(
-            _expand_sum_kernel,
-            (g.slots(tile.m) * triton.cdiv(y.shape[1], tile.n),),
-            (parts, h_sum, base, y, *side.arguments(which), *y.stride(),
-             tuple(columns[n] for n in which), offsets, permutation, *counts, columns[-1],
-             len(which), parts.shape[0], whole, tile.m, tile.n, tile.k, g.bins,
-             _triton.precision(like), _triton.triton_dtype(h.dtype)),
-            tile,
-        )  # fmt: skip
+        _launch_expand(parts, h_sum, [base], [y], side, which, g, tile, whole, each)
         base = y
     return y, h
+
+
+def _launch_expand(
+    parts: Tensor, h_sum: Tensor | None, bases: Sequence[Tensor | None], ys: Sequence[Tensor],
+    side: _Side, which: Sequence[int], g: _Groups, tile: Tile, whole: bool, each: int,
+) -> None:  # fmt: skip
+    """Launch *expand* for some targets, with an output each or one that sums over them."""
+    like, columns = ys[0], side.columns
+    one = len(ys) < len(which) or bases[0] is None
+    strides = [(0, 0) if base is None else base.stride() for base in bases]
+    tiles = sum(triton.cdiv(y.shape[1], each * tile.n) for y in ys)
+    _triton.launch(
+        _expand_kernel,
+        (g.slots(tile.m) * tiles,),
+        (parts, h_sum, tuple(bases), tuple(ys), *side.arguments(which),
+         *zip(*strides, strict=True), tuple(columns[n] for n in which), *g.lists, columns[-1],
+         len(which), one, g.scale, parts.shape[0], whole, max(side.ranks) > tile.k, each,
+         tile.m, tile.n, tile.k, g.bins, tile.stages, _triton.precision(like),
+         _triton.triton_dtype(parts.dtype)),
+        tile,
+    )  # fmt: skip
 
 
 # -- The op ----------------------------------------------------------------------------------------
@@ -288,7 +298,8 @@ def grad_x(
     g = _groups(offsets, permutation, scales, scale, like.shape[0], a_index[0].shape[0])
     parts = _shrink(grads, _side(b_pools, b_index), g)
     if wants_x:
-        return _expand_sum(parts, like, _side(a_pools, a_index), g)
+        plain = replace(g, scales=None, scale=1.0)  # dh is scaled
+        return _expand_sum(parts, like, _side(a_pools, a_index), plain)
     return like.new_empty(0), _summed(parts, 0)[1]
 
 
@@ -345,9 +356,9 @@ def _outer_tile(g: _Groups, rank: int, width: int, length: int, like: Tensor) ->
         return Tile(_block(rank, 64), _block(width, 64), 64, split=split, stages=1)
     m, n = _block(rank, 64), _block(width, 128)
     if size == 8:
-        return Tile(min(m, 16), min(n, 32), 16, stages=2)
+        return Tile(min(m, 16), 16, 16, stages=2)
     if size == 4:
-        return Tile(m, min(n, 64), 32)
+        return Tile(m, min(n, 64), 32, warps=8)
     k = 64 if g.mean > 4 * FEW else 16 if g.mean <= FEW else 32
     if g.adapters == 1:
         programs = triton.cdiv(rank, m) * length * triton.cdiv(width, n)

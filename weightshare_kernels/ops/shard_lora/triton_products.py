@@ -210,40 +210,52 @@ def _expand_deep(
 
 @triton.jit
 def _expand_columns(
-    h, h_sum, base, b_m, b_n, y, pool, table, rank, length, width, count, pitch, step, stride,
-    scales, scale, adapter, adapters, row, ok, begin, column, n, total,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr, DEEP: tl.constexpr, TILES: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, SUM: tl.constexpr,
+    h, h_sum, base, b_m, b_n, y,
+    pools, tables, ranks, lengths, widths, counts, pitches, steps, strides, columns,
+    scales, scale, adapter, adapters, row, ok, begin, n, total,
+    G: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    DEEP: tl.constexpr,  # whether a rank takes more than one step
+    TILES: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """Some tiles of one target, side by side: h is read once, the next tile is under way."""
+    """Some tiles of an output, side by side: h is read once, the next tile is under way."""
     kind: tl.constexpr = y.dtype.element_ty
-    size = length * width
-    table += tl.cast(adapter, tl.int64) * stride
-    known = tl.where(adapter < adapters, rank, 0)  # rows of none: nothing to add
-    factor = tl.full((), 0.0, SUM)
+    size = lengths[0] * widths[0]
+    factor = tl.full((), 0.0, SUM)  # rows of none: nothing to add
     if adapter < adapters:
         factor = _factor(scales, adapter, scale, SUM)
-    if not DEEP:
-        a = _h_tile(h, h_sum, row, ok, column, 0, rank, begin, n, total, kind, SPLIT, BK)
+    hs = ()
+    for t in tl.static_range(G):
+        if not DEEP:
+            tile = _h_tile(
+                h, h_sum, row, ok, columns[t], 0, ranks[t], begin, n, total, kind, SPLIT, BK
+            )
+            hs = hs + (tile,)  # type: ignore[assignment]  # noqa: RUF005 (of the compiler)
     last = tl.minimum(begin + TILES * BN, size)
     for first in tl.range(begin, last, BN, num_stages=STAGES):
         cols = first + tl.arange(0, BN)
         mask = ok[:, None] & (cols < size)[None, :]
-        at = base + row[:, None] * b_m + cols.to(tl.int64)[None, :] * b_n
-        before = tl.load(at, mask=mask, other=0.0)
+        if base is not None:
+            at = base + row[:, None] * b_m + cols.to(tl.int64)[None, :] * b_n
+            before = tl.load(at, mask=mask, other=0.0)
         acc = tl.zeros((BM, BN), SUM)
-        if DEEP:
-            acc = _expand_deep(
-                acc, h, h_sum, pool, table, rank, known, length, width, count, pitch, step,
-                row, ok, first, column, n, total, kind, SPLIT, WHOLE, BK, PRECISION,
-            )  # fmt: skip
-        else:
-            acc = _expand_step(
-                acc, a, pool, table, known, 0, first, length, width, count, pitch, step,
-                WHOLE, PRECISION,
-            )  # fmt: skip
-        acc = acc * factor + before.to(SUM)
+        for t in tl.static_range(G):
+            table = tables[t] + tl.cast(adapter, tl.int64) * strides[t]
+            known = tl.where(adapter < adapters, ranks[t], 0)
+            if DEEP:
+                acc = _expand_deep(
+                    acc, h, h_sum, pools[t], table, ranks[t], known, lengths[t], widths[t],
+                    counts[t], pitches[t], steps[t], row, ok, first, columns[t], n, total,
+                    kind, SPLIT, WHOLE, BK, PRECISION,
+                )  # fmt: skip
+            else:
+                acc = _expand_step(
+                    acc, hs[t], pools[t], table, known, 0, first, lengths[t], widths[t],
+                    counts[t], pitches[t], steps[t], WHOLE, PRECISION,
+                )  # fmt: skip
+        acc *= factor
+        if base is not None:
+            acc += before.to(SUM)
         tl.store(y + row[:, None] * size + cols[None, :], _rounded(acc, kind), mask=mask)
 
 
@@ -251,64 +263,42 @@ def _expand_columns(
 def _expand_kernel(
     h,  # [SPLIT, n, total]
     h_sum,  # [n, total] | None: where the sum of the parts goes
-    bases, ys,  # [n, size] of each target
+    bases, ys,  # [n, size] of each output; | None
     pools, tables, ranks, lengths, widths, counts, pitches, steps, strides,
     b_ms, b_ns, columns,
     offsets, permutation, scales, n, adapters, total,
-    G: tl.constexpr, scale: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
-    DEEP: tl.constexpr,  # whether the rank takes more than one step
+    G: tl.constexpr,  # targets
+    ONE: tl.constexpr,  # whether they add up to one output, or have one each
+    scale: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr, DEEP: tl.constexpr,
     TILES: tl.constexpr,  # of a program
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, E: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
-    """``y = base + factor * h G`` of all targets."""
+    """``y = base + factor * h G`` of each target, or with the sum over all targets."""
+    outputs: tl.constexpr = 1 if ONE else G
     tiles = 0
-    for t in tl.static_range(G):
+    for t in tl.static_range(outputs):
         tiles += (lengths[t] * widths[t] + TILES * BN - 1) // (TILES * BN)
     slot = tl.program_id(0) // tiles
     tile = tl.program_id(0) - slot * tiles
     adapter, row, ok = _rows(slot, offsets, permutation, n, adapters, BM, E)
-    first = 0
-    for t in tl.static_range(G):
-        last = first + (lengths[t] * widths[t] + TILES * BN - 1) // (TILES * BN)
-        if (tile >= first) & (tile < last):
-            _expand_columns(
-                h, h_sum, bases[t], b_ms[t], b_ns[t], ys[t], pools[t], tables[t], ranks[t],
-                lengths[t], widths[t], counts[t], pitches[t], steps[t], strides[t], scales, scale,
-                adapter, adapters, row, ok, (tile - first) * (TILES * BN), columns[t], n, total,
-                SPLIT, WHOLE, DEEP, TILES, BM, BN, BK, STAGES, PRECISION, SUM,
-            )  # fmt: skip
-        first = last
-
-
-@triton.jit(do_not_specialize=["n", "adapters"])
-def _expand_sum_kernel(
-    h, h_sum, base, y,  # y [n, size] is one for all targets, base | None
-    pools, tables, ranks, lengths, widths, counts, pitches, steps, strides,
-    b_m, b_n, columns,
-    offsets, permutation, n, adapters, total,
-    G: tl.constexpr, SPLIT: tl.constexpr, WHOLE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, E: tl.constexpr,
-    PRECISION: tl.constexpr, SUM: tl.constexpr,
-):  # fmt: skip
-    """``y = base + sum over targets of h G``."""
-    size = lengths[0] * widths[0]
-    tiles = (size + BN - 1) // BN
-    slot = tl.program_id(0) // tiles
-    first = (tl.program_id(0) - slot * tiles) * BN
-    adapter, row, ok = _rows(slot, offsets, permutation, n, adapters, BM, E)
-    cols = first + tl.arange(0, BN)
-    mask = ok[:, None] & (cols < size)[None, :]
-    kind: tl.constexpr = y.dtype.element_ty
-    acc = tl.zeros((BM, BN), SUM)
-    for t in tl.static_range(G):
-        known = tl.where(adapter < adapters, ranks[t], 0)
-        acc = _expand_deep(
-            acc, h, h_sum, pools[t], tables[t] + tl.cast(adapter, tl.int64) * strides[t],
-            ranks[t], known, lengths[t], widths[t], counts[t], pitches[t], steps[t], row, ok,
-            first, columns[t], n, total, kind, SPLIT, WHOLE, BK, PRECISION,
+    if ONE:
+        _expand_columns(
+            h, h_sum, bases[0], b_ms[0], b_ns[0], ys[0], pools, tables, ranks, lengths, widths,
+            counts, pitches, steps, strides, columns, scales, scale, adapter, adapters, row, ok,
+            tile * (TILES * BN), n, total, G, SPLIT, WHOLE, DEEP, TILES, BM, BN, BK, STAGES,
+            PRECISION, SUM,
         )  # fmt: skip
-    if base is not None:
-        at = base + row[:, None] * b_m + cols.to(tl.int64)[None, :] * b_n
-        acc += tl.load(at, mask=mask, other=0.0).to(SUM)
-    tl.store(y + row[:, None] * size + cols[None, :], _rounded(acc, kind), mask=mask)
+    else:
+        first = 0
+        for t in tl.static_range(G):
+            last = first + (lengths[t] * widths[t] + TILES * BN - 1) // (TILES * BN)
+            if (tile >= first) & (tile < last):
+                _expand_columns(
+                    h, h_sum, bases[t], b_ms[t], b_ns[t], ys[t], (pools[t],), (tables[t],),
+                    (ranks[t],), (lengths[t],), (widths[t],), (counts[t],), (pitches[t],),
+                    (steps[t],), (strides[t],), (columns[t],), scales, scale, adapter, adapters,
+                    row, ok, (tile - first) * (TILES * BN), n, total, 1, SPLIT, WHOLE, DEEP,
+                    TILES, BM, BN, BK, STAGES, PRECISION, SUM,
+                )  # fmt: skip
+            first = last
