@@ -181,6 +181,25 @@ def test_siblings_of_different_inputs():
     assert not model.q_proj.siblings.shared
 
 
+def test_siblings_of_an_input_that_changed():
+    """An input that was written to, or gradients that are wanted now, make outputs anew."""
+    model = net()
+    bank = bank_of(model)
+    bank.add("one", mos(net(), 1))
+    layer, x = model.layers[0], torch.randn(2, 3, 16)
+    with torch.no_grad(), bank.batch(["one", "one"]):
+        layer.q_proj(x)
+        x.copy_(torch.randn(2, 3, 16))
+        got = layer.v_proj(x)
+    with torch.no_grad(), bank.batch(["one", "one"]):
+        assert torch.equal(got, layer.v_proj(x))
+    x.requires_grad_()
+    with bank.batch(["one", "one"]):
+        with torch.no_grad():
+            layer.gate_proj(x)
+        assert layer.up_proj(x).requires_grad
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("slab", [None, torch.float32])
 def test_dtypes(dtype, slab):
@@ -443,6 +462,8 @@ def test_no_slot_and_no_rows_leave_the_bank_whole(served):
     expect(model, plain, bank, adapters, ["three", "one", None, "two"])
     with pytest.raises(ValueError, match="cannot shrink"):
         bank.grow(max_adapters=2)
+    with pytest.raises(ValueError, match="max_rank: expected at least 1, got 0"):
+        bank.grow(max_rank=0)
 
 
 def test_capacity_counts_what_waits_for_a_batch(served):
@@ -508,6 +529,9 @@ def test_wrong_banks():
         bank_of(model, shards=5)
     with pytest.raises(ValueError, match="pool_shards: expected a number of rows for k_proj"):
         bank_of(model, pool_shards={"q_proj": 10})
+    with pytest.raises(TypeError, match=r"out_proj belongs to an nn\.MultiheadAttention"):
+        attention = torch.nn.MultiheadAttention(8, 2)
+        AdapterBank(attention, ["out_proj"], max_adapters=1, max_rank=1)
     assert not any(isinstance(m, BankLinear) for m in model.modules())
     mixed = Net(1)
     mixed.tower = Net(1, d=32, kv=16)

@@ -166,6 +166,14 @@ REFUSED = {
         r"weights for 'layers\.3\.\w+', which is no target",
     ),
     "lora_width": (lora(net(d=24, kv=12)), "is 16 wide there; is it an adapter of another base"),
+    "twice": (changed(LORA, **{f"{FIRST}.lora_A.other.weight": torch.ones(3, 16)}), "has two A"),
+    "pissa": (
+        (LORA[0] | {"init_lora_weights": "pissa_niter_4"}, LORA[1]),
+        "changes the base model's weights",
+    ),
+    "no_alpha": ((MOS[0] | {"alpha": None}, MOS[1]), "alpha = None, which is no number"),
+    "rank_zero": ((MOS[0] | {"r": 0}, MOS[1]), "r = 0, which is no number of at least 1"),
+    "no_rank": ((LORA[0] | {"r": None}, LORA[1]), "r = None"),
     "qalora": ((LORA[0] | {"use_qalora": True}, LORA[1]), "has use_qalora"),
 }
 

@@ -211,9 +211,13 @@ class AdapterBank:
             ValueError: a size would shrink.
             RuntimeError: a batch runs.
         """
-        old, slabs = self.memory.sizes, self.memory.slabs
-        sizes = Sizes(max_adapters or old.adapters, max_rank or old.rank, old.shards)
         with self._changing, self._state:
+            old, slabs = self.memory.sizes, self.memory.slabs
+            sizes = Sizes(
+                old.adapters if max_adapters is None else max_adapters,
+                old.rank if max_rank is None else max_rank,
+                old.shards,
+            )
             if self.running is not None:
                 raise RuntimeError("grow: a batch runs, whose tables would move; end it first")
             rows = {name: slab.rows for name, slab in slabs.items()}

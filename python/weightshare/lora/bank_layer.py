@@ -146,23 +146,25 @@ def _below(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 class Siblings:
     """Layers that read the same input: whichever is called first computes all.
 
-    The others find their outputs when they are called with the very same tensor. Where one turns
-    out to be called with another (keys and values of cross-attention), each computes for itself
-    from then on.
+    The others find their outputs when they are called with the very same tensor, unchanged. Where
+    one turns out to be called with another (keys and values of cross-attention), each computes for
+    itself from then on. Changes in place of tensors made in inference mode are not seen, which
+    keep no count of them.
     """
 
     def __init__(self, members: Sequence[BankLinear]):
         self.members = tuple(members)
         self.shared = True
         self._x: Tensor | None = None
+        self._state: tuple = ()
         self._outputs: dict[int, Tensor] = {}
 
     def __call__(self, member: BankLinear, x: Tensor, batch: Batch) -> Tensor:
         """Output of one of them."""
         if not self.shared:
             return adapted((member,), x, batch)[0]
-        key = id(member)
-        if self._x is x and key in self._outputs:
+        key, state = id(member), _state(x)
+        if self._x is x and self._state == state and key in self._outputs:
             y = self._outputs.pop(key)
             if not self._outputs:
                 self._x = None
@@ -175,12 +177,19 @@ class Siblings:
         outputs = dict(zip(map(id, active), adapted(active, x, batch), strict=True))
         y = outputs.pop(key)
         if outputs:
-            self._x, self._outputs = x, outputs
+            self._x, self._state, self._outputs = x, state, outputs
         return y
 
     def forget(self) -> None:
         """Drop outputs that were not asked for."""
         self._x, self._outputs = None, {}
+
+
+def _state(x: Tensor) -> tuple:
+    """What outputs for x depend on that may change between two layers that are called with it."""
+    if torch.compiler.is_compiling():
+        return ()
+    return torch.is_grad_enabled(), 0 if x.is_inference() else x._version
 
 
 def adapted(layers: Sequence[BankLinear], x: Tensor, batch: Batch) -> list[Tensor]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from weightshare.lora.bank_layer import SIBLINGS, BankLinear, Siblings
 from weightshare.lora.bank_source import Target
@@ -51,6 +52,11 @@ def targets_of(found: Mapping[str, nn.Module]) -> dict[str, Target]:
 
 
 def _widths(path: str, module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"target_modules: {path} belongs to an nn.MultiheadAttention, which reads its "
+            "weight and never calls it; a bank cannot serve it"
+        )
     for names in (("in_features", "out_features"), ("nx", "nf")):
         if all(isinstance(getattr(module, name, None), int) for name in names):
             return tuple(getattr(module, name) for name in names)  # type: ignore[return-value]

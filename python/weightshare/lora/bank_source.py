@@ -111,7 +111,19 @@ def _mos(name: str, config, tensors, targets) -> tuple[dict[str, Weights], float
         if missing := [part for part in PARTS if part not in parts]:
             raise ValueError(f"adapter {name!r}: {kind} lacks {', '.join(missing)}")
         weights[kind] = _spread(Weights(**parts), targets[kind], config)
-    return weights, float(config["alpha"]) / int(config["r"]) if "alpha" in config else None
+    if "alpha" not in config:
+        return weights, None
+    return weights, _number(name, config, "alpha") / _number(name, config, "r", 1)
+
+
+def _number(name: str, config, key: str, least: float = -math.inf) -> float:
+    value = config.get(key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= least:
+        raise ValueError(
+            f"adapter {name!r}: its configuration has {key} = {value!r}, which is no "
+            + ("number" if least == -math.inf else f"number of at least {least}")
+        )
+    return value
 
 
 def _spread(weights: Weights, target: Target, config) -> Weights:
@@ -132,6 +144,7 @@ def _spread(weights: Weights, target: Target, config) -> Weights:
     return Weights(weights.a, weights.b, a, b)
 
 
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _LORA_KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 
 
@@ -140,6 +153,13 @@ def _lora(name: str, config, tensors, targets) -> tuple[dict[str, Weights], floa
     for flag in ("alora_invocation_tokens", "use_qalora"):
         if config.get(flag):
             raise ValueError(f"adapter {name!r}: has {flag}, which a bank does not serve")
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGE_THE_BASE):
+        raise ValueError(
+            f"adapter {name!r}: was begun with init_lora_weights={start!r}, which changes the base "
+            "model's weights, too; convert it to a plain LoRA with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
     found: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _LORA_KEY.fullmatch(key)
@@ -148,9 +168,15 @@ def _lora(name: str, config, tensors, targets) -> tuple[dict[str, Weights], floa
                 f"adapter {name!r}: has a tensor {key!r}; a bank serves LoRA's A and B alone (no "
                 "DoRA, no biases, no modules_to_save, no embeddings)"
             )
-        found.setdefault(match[1], {})[match[2]] = tensor
+        if match[2] in found.setdefault(match[1], {}):
+            raise ValueError(
+                f"adapter {name!r}: has two {match[2]} for {match[1]}, the second is {key!r}; give "
+                "the tensors of one adapter"
+            )
+        found[match[1]][match[2]] = tensor
     places = {p: (kind, n) for kind, t in targets.items() for n, p in enumerate(t.paths)}
-    scale = _lora_scale(config, "", int(config["r"]))
+    _number(name, config, "lora_alpha")
+    scale = _lora_scale(config, "", int(_number(name, config, "r", 1)))
     by_kind: dict[str, dict[int, tuple[Tensor, Tensor]]] = {}
     for path, pair in found.items():
         if path not in places:
