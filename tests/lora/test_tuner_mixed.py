@@ -202,6 +202,9 @@ def test_checkpoints_that_forget_the_batch_are_refused():
         forward = layer.forward
         layer.forward = lambda *a, f=forward, **k: checkpoint(f, *a, use_reentrant=False, **k)
     loss = model(IDS, adapter_names=NAMES).logits.sum()
+    with torch.no_grad():  # an evaluation before backward
+        model(IDS, adapter_names=NAMES)
+        model(IDS)
     with pytest.raises(RuntimeError, match="gradient_checkpointing_enable"):
         loss.backward()
     model(IDS).logits.sum().backward()

@@ -177,11 +177,12 @@ class MoSModel(BaseTuner):
     def _enable_peft_forward_hooks(self, *args, **kwargs) -> Iterator[None]:
         names = kwargs.get("adapter_names")
         if names is None:
-            self._running.mixed = False
+            if torch.is_grad_enabled():  # an evaluation may come between a pass and its backward
+                self._running.mixed = False
             yield
             return
         batch = self._mixed_batch(names)
-        self._running.mixed = torch.is_grad_enabled()
+        self._running.mixed = self._running.mixed or torch.is_grad_enabled()
         undo = self._hooks(batch, list(names), kwargs)
         self._running.batch = batch
         try:
