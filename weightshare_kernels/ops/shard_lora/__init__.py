@@ -13,6 +13,7 @@ from weightshare_kernels import _checks, _collect
 from weightshare_kernels._register import define, has_kernel, lean
 from weightshare_kernels.ops.route import _tables
 from weightshare_kernels.ops.shard_lora import reference
+from weightshare_kernels.ops.shard_lora._check import check
 
 _TRITON = "weightshare_kernels.ops.shard_lora.triton"
 _POOLS = "Tensor[] a_pools, Tensor[] b_pools, Tensor[] a_index, Tensor[] b_index"
@@ -90,14 +91,7 @@ def group_by_adapter(ids: Tensor, adapters: int, rows_each: int = 1) -> AdapterG
     Raises:
         TypeError: ids are not an integer tensor.
     """
-    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
-        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
-        raise TypeError(f"ids: expected a tensor of integers, got {kind}")
-    ids = ids.reshape(-1).long()
-    if rows_each != 1:
-        ids = ids[:, None].expand(-1, rows_each).reshape(-1)
-    _, offsets, permutation, _ = _tables(ids[:, None], None, adapters)
-    return AdapterGroups(ids, offsets, permutation)
+    return _sorted(_ids(ids, rows_each), adapters)
 
 
 def shard_lora(
@@ -168,7 +162,7 @@ def shard_lora_group(
         A list with an output per target.
     """
     a_indices, b_indices = [list(map(_stacked, tables)) for tables in (a_indices, b_indices)]
-    _check(x, base_outs, a_pools, b_pools, a_indices, b_indices, scale)
+    check(x, base_outs, a_pools, b_pools, a_indices, b_indices, scale)
     groups = _groups(adapters, x, a_indices[0].shape[0])
     x = _checks.autocast(x)
     rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -184,10 +178,14 @@ def shard_lora_group(
     scales, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
     tensors = (*bases, *pools, *a_indices, *b_indices)
     tracked = torch.is_grad_enabled() and any(t.requires_grad for t in (rows, *bases, *pools))
-    if not tracked and torch.autograd.forward_ad._current_level < 0:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        a_pools, b_pools = pools[: len(bases)], pools[len(bases) :]
+        tables = (*_tables_of(groups, a_indices[0].shape[0]), scales, factor)
+        ys, _ = reference.define(rows, bases, a_pools, b_pools, a_indices, b_indices, *tables)
+    elif not tracked and torch.autograd.forward_ad._current_level < 0:
         ys = _infer(rows, tensors, groups, scales, factor, len(bases))
     else:
-        tables = (groups and groups.offsets, groups and groups.permutation, scales)
+        tables = (*_tables_of(groups, a_indices[0].shape[0]), scales)
         arguments = (rows, factor, len(bases), *tensors, *tables)
         if _collect.plain():
             ys = _lean(*arguments, *_collectors(pools))[: len(bases)]
@@ -227,79 +225,8 @@ def _stacked(table):
     return table[None] if isinstance(table, Tensor) and table.dim() == 2 else table
 
 
-def _check(x, bases, a_pools, b_pools, a_indices, b_indices, scale) -> None:
-    """Raise TypeError or ValueError, naming the argument, unless all fit together."""
-    _checks.tensor("x", x)
-    if x.dim() == 0:
-        raise ValueError("x: expected at least 1 dimension [..., d_in], got a scalar")
-    lists = {"base_outs": bases, "a_pools": a_pools, "b_pools": b_pools}
-    lists |= {"a_indices": a_indices, "b_indices": b_indices}
-    if not bases or len({len(values) for values in lists.values()}) != 1:
-        counts = ", ".join(f"{name} {len(values)}" for name, values in lists.items())
-        raise ValueError(f"expected one entry per target and at least one target, got {counts}")
-    for target in range(len(bases)):
-        at = f"[{target}]" if len(bases) > 1 else ""
-        a, b = a_indices[target], b_indices[target]
-        _check_side("a", at, x, a_pools[target], a, x.shape[-1], "x has")
-        base = bases[target]
-        wanted = None
-        if base is not None:
-            _checks.tensor(f"base_out{at}", base)
-            _checks.same_kind(f"base_out{at}", base, "x", x)
-            wanted = base.shape[-1] if base.dim() else 0
-            if base.shape[:-1] != x.shape[:-1] or base.dim() == 0:
-                raise ValueError(
-                    f"base_out{at}: has shape {tuple(base.shape)}, but x has "
-                    f"{tuple(x.shape)}; all dimensions but the last must agree"
-                )
-        _check_side("b", at, x, b_pools[target], b, wanted, "base_out has")
-        if a.shape[:2] != b.shape[:2] or a.shape[0] != a_indices[0].shape[0]:
-            raise ValueError(
-                f"b_index{at}: has {tuple(b.shape[:2])} adapters and ranks, but a_index{at} has "
-                f"{tuple(a.shape[:2])} (and the first target {a_indices[0].shape[0]} adapters)"
-            )
-    if isinstance(scale, Tensor):
-        if (
-            scale.dtype != _checks.accumulate_dtype(x.dtype)
-            or scale.shape != a_indices[0].shape[:1]
-        ):
-            raise ValueError(
-                f"scale: expected {_checks.accumulate_dtype(x.dtype)} of shape "
-                f"{tuple(a_indices[0].shape[:1])}, one per adapter, got {scale.dtype} "
-                f"{tuple(scale.shape)}"
-            )
-        _checks.same_device("scale", scale, "x", x)
-    elif isinstance(scale, bool) or not isinstance(scale, float | int | torch.SymFloat):
-        raise TypeError(f"scale: expected a number or a tensor, got {type(scale).__name__}")
-
-
-def _check_side(side: str, at: str, x: Tensor, pool, index, width, whose: str) -> None:
-    """Check a pool with its index table; their rows must be ``width`` wide, if that is given."""
-    name, table = f"{side}_pool{at}", f"{side}_index{at}"
-    _checks.tensor(name, pool, 2)
-    _checks.same_device(name, pool, "x", x)
-    wide = pool.dtype == torch.float32 and x.dtype in (torch.bfloat16, torch.float16)
-    if not wide:
-        _checks.same_kind(name, pool, "x", x)
-    if not isinstance(index, Tensor) or index.is_floating_point() or index.dtype == torch.bool:
-        kind = index.dtype if isinstance(index, Tensor) else type(index).__name__
-        raise TypeError(f"{table}: expected a tensor of integers, got {kind}")
-    if index.dtype != torch.int32:
-        raise TypeError(f"{table}: expected int32, got {index.dtype}; make it with shard_index()")
-    if index.dim() != 3:
-        raise ValueError(
-            f"{table}: expected [r, l] or [adapters, r, l], got shape {tuple(index.shape)}"
-        )
-    _checks.same_device(table, index, "x", x)
-    if width is not None and index.shape[2] * pool.shape[1] != width:
-        raise ValueError(
-            f"{table}: {index.shape[2]} shards of {pool.shape[1]} make "
-            f"{index.shape[2] * pool.shape[1]}, but {whose} {width} columns"
-        )
-
-
-def _groups(adapters, x: Tensor, count: int) -> AdapterGroups | None:
-    """Groups of x's rows by adapter; None where there is but one adapter for all."""
+def _groups(adapters, x: Tensor, count: int) -> AdapterGroups | Tensor | None:
+    """Groups of x's rows by adapter, or their ids; None where there is but one adapter for all."""
     if adapters is None:
         if count != 1:
             raise ValueError(
@@ -316,7 +243,7 @@ def _groups(adapters, x: Tensor, count: int) -> AdapterGroups | None:
             )
         _checks.same_device("adapters", adapters, "x", x)
         each = 1 if shape == x.shape[:-1] else x.shape[1:-1].numel()
-        return group_by_adapter(adapters, count, each)
+        return _ids(adapters, each)
     if not isinstance(adapters, AdapterGroups):
         raise TypeError(
             f"adapters: expected AdapterGroups or a tensor of ids, got {type(adapters).__name__}"
@@ -329,6 +256,28 @@ def _groups(adapters, x: Tensor, count: int) -> AdapterGroups | None:
         )
     _checks.same_device("adapters", adapters.ids, "x", x)
     return adapters
+
+
+def _ids(ids: Tensor, rows_each: int) -> Tensor:
+    """The adapter of each row, int64 ``[N]``."""
+    if not isinstance(ids, Tensor) or ids.is_floating_point() or ids.dtype == torch.bool:
+        kind = ids.dtype if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"ids: expected a tensor of integers, got {kind}")
+    ids = ids.reshape(-1).long()
+    return ids if rows_each == 1 else ids[:, None].expand(-1, rows_each).reshape(-1)
+
+
+def _sorted(ids: Tensor, adapters: int) -> AdapterGroups:
+    _, offsets, permutation, _ = _tables(ids[:, None], None, adapters)
+    return AdapterGroups(ids, offsets, permutation)
+
+
+def _tables_of(groups: AdapterGroups | Tensor | None, adapters: int):
+    """Offsets and permutation; rows that came by their ids are sorted only here."""
+    if groups is None:
+        return None, None
+    groups = _sorted(groups, adapters) if isinstance(groups, Tensor) else groups
+    return groups.offsets, groups.permutation
 
 
 def _cast(pool: Tensor, dtype: torch.dtype) -> Tensor:
@@ -345,13 +294,14 @@ def _infer(x, tensors, groups, scales, scale, count) -> list[Tensor]:
     bases, *pools = _lists(tensors, count)
     key = x.device.type.upper()
     if x.shape[0] <= DECODE_ROWS and has_kernel("shard_lora_decode", key):
-        return _decode(x, bases, *pools, groups and groups.ids, scales, scale)
-    tables = groups and groups.offsets, groups and groups.permutation
+        ids = groups.ids if isinstance(groups, AdapterGroups) else groups
+        return _decode(x, bases, *pools, ids, scales, scale)
+    tables = _tables_of(groups, pools[2][0].shape[0])
     return _forward(x, bases, *pools, *tables, scales, scale)[0]
 
 
 def _collectors(pools: Sequence[Tensor]) -> list[_collect.Collector | None]:
-    """The collector of each pool; a pool with two parts in one call has none: its use counts once."""
+    """The collector of each pool; none for one with two parts in a call: its use counts once."""
     names = [id(pool) for pool in pools]
     return [
         _collect.collect(pool) if names.count(name) == 1 else None
@@ -387,12 +337,12 @@ class _ShardLoRA(Function):
                 collector.join(ctx)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx, *given):
         count = ctx.count
         x, h, *saved = ctx.saved_tensors
         lists = [saved[i : i + count] for i in range(0, 4 * count, count)]
         groups = (*saved[4 * count :], ctx.scale)
-        grads = list(grads[:count])
+        grads = list(given[:count])
         if torch.is_grad_enabled():  # create_graph=True
             dx, dpools = _differentiable_gradients(ctx, grads, x, lists, groups)
         else:
@@ -460,7 +410,8 @@ def _differentiable_gradients(ctx, grads, x, lists, groups):
         zeros = [torch.zeros_like(grads[n]) for n in live]
         lists = pools[:count], pools[count:], *lists[2:]
         some = [[values[n] for n in live] for values in lists]
-        ys, _ = reference.define(x, zeros, *some, *groups)
+        a_pools, b_pools, a_index, b_index = some
+        ys, _ = reference.define(x, zeros, a_pools, b_pools, a_index, b_index, *groups)
         given = [grads[n] for n in live]
         found = torch.autograd.grad(ys, wanted, given, create_graph=True, allow_unused=True)
     left = iter(found)

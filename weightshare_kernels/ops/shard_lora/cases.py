@@ -54,22 +54,27 @@ def define(x, base, a_pool, b_pool, a_index, b_index, scale=1.0, ids=None) -> Te
     return y.view(base.shape)
 
 
-def _split(tensors: dict[str, Tensor], name: str) -> list[Tensor]:
-    return [value for key, value in sorted(tensors.items()) if key.startswith(name)]
+def _targets(tensors: dict[str, Tensor]) -> tuple[list[Tensor], ...]:
+    """Bases, A pools, B pools, A tables and B tables from arguments ``base_0``, ``base_1``, ..."""
+    names = ("base", "a_pool", "b_pool", "a_index", "b_index")
+    ordered = sorted(tensors.items())
+    return tuple([value for key, value in ordered if key.startswith(name)] for name in names)
 
 
 def call_group(x, scale=1.0, ids=None, **tensors) -> Tensor:
     """Several targets with one read of x, side by side."""
-    names = ("base", "a_pool", "b_pool", "a_index", "b_index")
-    lists = [_split(tensors, name) for name in names]
-    return torch.cat(shard_lora_group(x, *lists, scale, adapters=ids), -1)
+    bases, a_pools, b_pools, a_index, b_index = _targets(tensors)
+    ys = shard_lora_group(x, bases, a_pools, b_pools, a_index, b_index, scale, adapters=ids)
+    return torch.cat(ys, -1)
 
 
 def define_group(x, scale=1.0, ids=None, **tensors) -> Tensor:
     """The same, one target after another."""
-    names = ("base", "a_pool", "b_pool", "a_index", "b_index")
-    targets = zip(*[_split(tensors, name) for name in names], strict=True)
-    return torch.cat([define(x, *target, scale, ids) for target in targets], -1)
+    ys = [
+        define(x, base, a_pool, b_pool, a, b, scale, ids)
+        for base, a_pool, b_pool, a, b in zip(*_targets(tensors), strict=True)
+    ]
+    return torch.cat(ys, -1)
 
 
 def draw(m: Maker, shards: int, *shape: int) -> Tensor:
@@ -81,8 +86,11 @@ def draw(m: Maker, shards: int, *shape: int) -> Tensor:
 
 
 def _inputs(rows, d_in, d_out, r, la, lb, shards=None, adapters=0, layers=0, **how):
-    """Inputs of one target; ``how``: ragged, replaced (shards named twice), wide (fp32 pools),
-    scaled (a scale per adapter), batch (rows in sequences), absent (share of shards of zeros)."""
+    """Inputs of one target.
+
+    ``how``: ragged, replaced (shards named twice), wide (fp32 pools), scaled (a scale per
+    adapter), batch (rows in sequences), absent (shards of zeros), none (rows of no adapter).
+    """
 
     def make(m: Maker) -> Inputs:
         batch = how.get("batch")
@@ -277,6 +285,11 @@ def _ours_inference(inputs: Inputs) -> Workload:
     )
 
 
+def _untracked(baseline: Callable[[Inputs], Workload]) -> Callable[[Inputs], Workload]:
+    """A baseline in inference."""
+    return lambda inputs: _inference(torch.no_grad()(baseline(inputs).forward), {})
+
+
 def _gathered(inputs: Inputs) -> Workload:
     return Workload(partial(gathered, **inputs), leaves(inputs))
 
@@ -285,7 +298,7 @@ def _bytes(rows, d_in, d_out, r, matrices) -> Callable[[int], int]:
     return lambda size: size * (matrices * r * (d_in + d_out) + rows * (d_in + 2 * d_out))
 
 
-def _bench(name, rows, d, r, l, equivalent, layers, bars, baselines) -> Case:
+def _bench(name, rows, d, r, l, equivalent, layers, bars, baselines, ours=None) -> Case:
     """One target of ``layers`` layers, whose pools are those of ``32 * equivalent`` ranks."""
     return Case(
         name,
@@ -293,6 +306,7 @@ def _bench(name, rows, d, r, l, equivalent, layers, bars, baselines) -> Case:
         call,
         define,
         baselines,
+        ours,
         flops=4 * rows * r * d * layers,
         bytes=_bytes(rows, d, d, r, layers),
         bars=bars,
@@ -315,12 +329,12 @@ def _serve(name, rows, d, r, l, adapters, bars) -> Case:
     )
 
 
-_FORWARD = {"in_columns": in_columns, "gathered": _gathered, "dense_lora": dense_lora}
 _TRAIN = {"gathered": _gathered, "in_columns": in_columns, "dense_lora": dense_lora}
+_FORWARD = {name: _untracked(baseline) for name, baseline in _TRAIN.items()}
 
 CASES += [
     _bench("t16_d4096_r32", 16, 4096, 32, 8, 8, 1,
-           {"in_columns:forward": 3.0, "dense_lora:forward": 1 / 1.1}, _FORWARD),
+           {"in_columns:forward": 3.0, "dense_lora:forward": 1 / 1.1}, _FORWARD, _ours_inference),
     _bench("train_32_layers_t16", 16, 4096, 32, 8, 8, 32, {"gathered": 3.0}, _TRAIN),
     _bench("train_32_layers_t256", 256, 4096, 32, 8, 8, 32, {"gathered": 1.2}, _TRAIN),
     _serve("serve_64_adapters_d1024", 64, 1024, 32, 8, 64,
