@@ -98,6 +98,24 @@ def test_beams(served, how):
         model.generate(ids, **settings)
 
 
+def test_beams_of_an_encoder_and_a_decoder():
+    """The encoder has a row per sequence, the decoder one per beam."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=40, decoder_start_token_id=0, **sizes)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    bank = AdapterBank(model, ["q", "v"], max_adapters=2, max_rank=4, shards=2)
+    bank.add("one", mos(model, 1, types=("q", "v")))
+    bank.add("two", mos(model, 2, types=("q", "v")))
+    names, ids, settings = ["one", None, "two"], prompts(3) % 40, QUIET | {"max_new_tokens": 6}
+    with bank.batch(names, expand=3):
+        got = model.generate(ids, num_beams=3, **settings)
+    for n, name in enumerate(names):
+        with bank.batch([name], expand=3):
+            alone = model.generate(ids[n : n + 1], num_beams=3, **settings)
+        assert torch.equal(got[n : n + 1], alone)
+
+
 def test_return_sequences(served):
     model, bank, merged = served
     settings = QUIET | {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 5}

@@ -78,9 +78,12 @@ class Batch:
                     f"{tuple(shape)} has {shape.numel()}"
                 )
             return group_by_adapter(self.ids, self.adapters)
+        ids = self.ids
         if shape[0] != count:
-            raise ValueError(self._wrong(shape))
-        return group_by_adapter(self.ids, self.adapters, shape[1:].numel())
+            if shape[0] != self.sequences:
+                raise ValueError(self._wrong(shape))
+            ids = ids[:: self.expand]  # an encoder, which runs before generate() makes more rows
+        return group_by_adapter(ids, self.adapters, shape[1:].numel())
 
     def _wrong(self, shape: torch.Size) -> str:
         """Why rows cannot be told apart, and what to say."""
