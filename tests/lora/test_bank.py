@@ -547,6 +547,17 @@ def test_wrong_banks():
     bank.detach()
 
 
+def test_layers_without_tensors_are_where_the_model_is():
+    class Bare(torch.nn.Module):
+        in_features = out_features = 8
+
+    model = torch.nn.ModuleDict({"q_proj": Bare()})
+    model.register_buffer("there", torch.zeros(1, dtype=torch.bfloat16, device="meta"))
+    bank = AdapterBank(model, ["q_proj"], max_adapters=1, max_rank=1)
+    pool = bank.memory.slabs["q_proj"].a.pool
+    assert pool.is_meta and pool.dtype == torch.bfloat16
+
+
 def test_wrong_names(served):
     _, plain, bank, _ = served
     before = snapshot(bank)

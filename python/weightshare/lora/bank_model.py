@@ -67,10 +67,11 @@ def _widths(path: str, module: nn.Module) -> tuple[int, int]:
 
 
 def place(model: nn.Module, found: Mapping[str, nn.Module]) -> tuple[torch.device, torch.dtype]:
-    """Where the layers are, and the dtype that they compute in."""
+    """Where the layers are and the dtype they compute in; the model's, if they have no tensors."""
     places: dict[torch.device, str] = {}
     kinds = []
-    for path, module in found.items():
+    bare = not any(True for m in found.values() for _ in chain(m.parameters(), m.buffers()))
+    for path, module in ({"model": model} if bare else found).items():
         for tensor in chain(module.parameters(), module.buffers()):
             places.setdefault(tensor.device, path)
             kinds.append(tensor.dtype)
