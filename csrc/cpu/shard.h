@@ -83,6 +83,9 @@ struct ShardMatrix {
 // Rows of h that are worked on together, and ranks: what a thread takes at a time.
 constexpr int64_t kShardRows = 18, kShardRanks = 4;
 
+// Bytes of shards that are asked for before they are used.
+constexpr int64_t kShardAhead = 16384;
+
 // One matrix to be multiplied by: from[rows, columns] with the shards gives `to`[rows, ranks].
 template <class T>
 struct ShardShrink {

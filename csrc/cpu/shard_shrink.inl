@@ -109,11 +109,29 @@ void shrink_by(const ShardShrink<T>& s, const ShardRows<Sum<T>>& rows, const Sha
   const int64_t blocks = (end - j0 + J - 1) / J, pitch = blocks * J;
   const int64_t most =
       std::max<int64_t>(1, std::min(side.pieces, D::kPass / std::max<int64_t>(1, width)));
+  const int64_t cuts = (width + D::kPass - 1) / D::kPass;
+  const int64_t passes = blocks > 0 ? (side.pieces + most - 1) / most * cuts : 0;
   X* packed;
   S* sums;
   const P** lines;
   MoeScratch scratch(room(packed, kShardRows * kPitch), room(sums, kShardRows * pitch),
-                     room(lines, pitch * most));
+                     room(lines, passes * blocks * most * J));
+  // The shards of all passes, in the order in which they are met: what lies ahead is fetched.
+  const P** line = lines;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t p0 = pass / cuts * most, c0 = pass % cuts * D::kPass;
+    for (int64_t b = 0; b < blocks; ++b) {
+      for (int64_t p = p0; p < p0 + most; ++p) {
+        for (int64_t j = b * J; j < b * J + J; ++j)
+          *line++ = side.line<P>(segment.adapter, std::min(j0 + j, end - 1),
+                                 std::min(p, side.pieces - 1)) +
+                    c0;
+      }
+    }
+  }
+  const int64_t bytes = most * J * std::min(width, D::kPass) * sizeof(P);
+  const int64_t distance = std::max<int64_t>(1, kShardAhead / std::max<int64_t>(1, bytes));
+  const P *const *w = lines, *const *last = std::max(line - most * J, lines);
   std::fill_n(sums, count * pitch, S{});
   const T* row[kShardRows];
   const X* x[kShardRows];
@@ -135,21 +153,13 @@ void shrink_by(const ShardShrink<T>& s, const ShardRows<Sum<T>>& rows, const Sha
         }
         x[i] = to;
       }
-      for (int64_t b = 0; b < blocks; ++b) {
-        for (int64_t p = 0; p < pieces; ++p) {
-          for (int64_t j = 0; j < J; ++j)
-            lines[(b * pieces + p) * J + j] =
-                side.line<P>(segment.adapter, std::min(j0 + b * J + j, end - 1), p0 + p) + c0;
-        }
-      }
       const int64_t tiles = (count + D::kRows - 1) / D::kRows;
-      for (int64_t b = 0; b < blocks; ++b) {
-        const P* const* w = lines + b * pieces * J;
+      for (int64_t b = 0; b < blocks; ++b, w += most * J) {
+        const P* const* ahead = std::min(w + distance * most * J, last);
         for (int64_t t = 0; t < tiles; ++t) {
           const int64_t r0 = count * t / tiles, r1 = count * (t + 1) / tiles;
-          const P* const* next = t == 0 && b + 1 < blocks ? w + pieces * J : w;
-          any_shard_dots<T, P>(r1 - r0, x + r0, w, next, pieces, n, sums + r0 * pitch + b * J,
-                               pitch);
+          any_shard_dots<T, P>(r1 - r0, x + r0, w, t == 0 ? ahead : w, pieces, n,
+                               sums + r0 * pitch + b * J, pitch);
         }
       }
     }

@@ -104,10 +104,14 @@ void any_shard_stream(int64_t rows, int64_t lines, const S* coef, const P* const
       return any_shard_stream<S, P, M - 1>(rows, lines, coef, line, next, n, sums, pitch);
   }
   constexpr int64_t J = kShardRanks;
+  const int64_t bytes = std::max<int64_t>(1, J * n * sizeof(P));
+  const int64_t distance = std::max<int64_t>(1, kShardAhead / bytes) * J;
   int64_t k = 0;
-  for (; k + J <= lines; k += J)
-    shard_stream<S, P, M, J>(coef + k * M, line + k, k + 2 * J <= lines ? line + k + J : next, n,
-                             sums, pitch);
+  for (; k + J <= lines; k += J) {
+    const int64_t then = k + distance, over = std::clamp<int64_t>(then - lines, 0, lines - J);
+    shard_stream<S, P, M, J>(coef + k * M, line + k, then + J <= lines ? line + then : next + over,
+                             n, sums, pitch);
+  }
   for (; k < lines; ++k) shard_stream<S, P, M, 1>(coef + k * M, line + k, line + k, n, sums, pitch);
 }
 
