@@ -17,7 +17,7 @@ from torch import Tensor
 from weightshare_kernels import _triton
 from weightshare_kernels._products import add_parts
 from weightshare_kernels._triton import Tile
-from weightshare_kernels.ops.shard_lora.triton_outer import _outer_kernel
+from weightshare_kernels.ops.shard_lora.triton_outer import _outer_kernel, repeats
 from weightshare_kernels.ops.shard_lora.triton_products import (
     _expand_kernel,
     _shrink_kernel,
@@ -317,6 +317,7 @@ def outer_(
     """Adds ``factor * left^T right`` of every adapter to the shards of the buffer that it names."""
     if not add:
         buffer.zero_()
+    twice = repeats(index, buffer.shape[0])
     index = _rows_whole(index)
     adapters, rank, length = index.shape
     if not (buffer.numel() and right.numel() and index.numel()):
@@ -336,7 +337,7 @@ def outer_(
             (programs, splits),
             (left, right, buffer, parts, index, *g.lists, rank, length, width, buffer.shape[0],
              *left.stride(), *right.stride(), *buffer.stride(), index.stride(0), g.scale, add,
-             tile.split, where, tile.m, tile.n, tile.k, 64, _triton.precision(right),
+             tile.split, twice, where, tile.m, tile.n, tile.k, 64, _triton.precision(right),
              _triton.triton_dtype(_triton.sum_dtype(right))),
             tile,
         )  # fmt: skip
