@@ -618,6 +618,24 @@ def test_bad_input(name, value, error, message):
     assert type(raised.value) is error
 
 
+def test_empty_dimensions_and_tensors_without_data():
+    x, table = torch.ones(2, 3, 8, device=DEVICE), torch.zeros(2, 1, device=DEVICE).int()
+    pool, none = torch.ones(4, 8, device=DEVICE), torch.ones(4, 0, device=DEVICE)
+    assert shard_lora(x, x[..., :0], pool, none, table, table).shape == (2, 3, 0)
+    assert torch.equal(shard_lora(x[..., :0], x, none, pool, table, table), x)
+    meta = [t.to("meta") for t in (x, x, pool, pool, table, table)]
+    assert shard_lora(*meta).shape == x.shape
+
+
+def test_ids_of_a_single_row():
+    x, table = torch.ones(8, device=DEVICE), torch.zeros(1, 2, 1, device=DEVICE).int()
+    pool = torch.ones(4, 8, device=DEVICE)
+    got = shard_lora(x, x, pool, pool, table, table, adapters=torch.tensor(0, device=DEVICE))
+    assert torch.equal(got, 17 * x)
+    with pytest.raises(ValueError, match=r"ids of shape \(\) or \(\), got \(8,\)"):
+        shard_lora(x, x, pool, pool, table, table, adapters=torch.zeros(8, device=DEVICE).int())
+
+
 def test_tables_of_several_adapters_need_ids():
     made = problem(adapters=3)
     del made["adapters"]

@@ -165,12 +165,12 @@ def shard_lora_group(
     check(x, base_outs, a_pools, b_pools, a_indices, b_indices, scale)
     groups = _groups(adapters, x, a_indices[0].shape[0])
     x = _checks.autocast(x)
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    rows = x if x.dim() == 2 else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     widths = [table.shape[2] * p.shape[1] for table, p in zip(b_indices, b_pools, strict=True)]
     bases = [
         rows.new_zeros(rows.shape[0], width)
         if base is None
-        else _checks.autocast(base).reshape(-1, width)
+        else _checks.autocast(base).reshape(rows.shape[0], width)
         for base, width in zip(base_outs, widths, strict=True)
     ]
     # Gradients are written in a pool's dtype or in fp32: another low one is cast before.
@@ -236,10 +236,10 @@ def _groups(adapters, x: Tensor, count: int) -> AdapterGroups | Tensor | None:
     rows = x.shape[:-1].numel()
     if isinstance(adapters, Tensor):
         shape = adapters.shape
-        if shape not in (x.shape[:-1], x.shape[:1]):
+        if shape not in (x.shape[:-1], x.shape[:-1][:1]):
             raise ValueError(
-                f"adapters: expected ids of shape {tuple(x.shape[:-1])} or {tuple(x.shape[:1])}, "
-                f"got {tuple(shape)}"
+                f"adapters: expected ids of shape {tuple(x.shape[:-1])} or "
+                f"{tuple(x.shape[:-1][:1])}, got {tuple(shape)}"
             )
         _checks.same_device("adapters", adapters, "x", x)
         each = 1 if shape == x.shape[:-1] else x.shape[1:-1].numel()
@@ -292,8 +292,8 @@ def _lists(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
 def _infer(x, tensors, groups, scales, scale, count) -> list[Tensor]:
     """Outputs alone: few rows by a kernel that needs no tables, where there is one."""
     bases, *pools = _lists(tensors, count)
-    key = x.device.type.upper()
-    if x.shape[0] <= DECODE_ROWS and has_kernel("shard_lora_decode", key):
+    few = x.shape[0] <= DECODE_ROWS and not x.is_meta
+    if few and has_kernel("shard_lora_decode", x.device.type.upper()):
         ids = groups.ids if isinstance(groups, AdapterGroups) else groups
         return _decode(x, bases, *pools, ids, scales, scale)
     tables = _tables_of(groups, pools[2][0].shape[0])
