@@ -135,6 +135,18 @@ def test_training_on_a_quantised_base(kind, tmp_path):
         torch.testing.assert_close(rows[::2], model(IDS).logits[::2], rtol=1e-3, atol=1e-3)
 
 
+def test_training_after_an_evaluation_of_nf4():
+    """bitsandbytes packs weights for evaluation on some CPUs; gradients must not be lost by it."""
+    model = get_peft_model(quantised("nf4"), tiny.config(target_modules="all-linear"))
+    tiny.fill(model)
+    before = tiny.gradients(model, model(IDS, labels=IDS).loss)
+    with torch.no_grad():
+        model.eval()(IDS)
+    after = tiny.gradients(model, model.train()(IDS, labels=IDS).loss)
+    for name, grad in before.items():
+        assert (after[name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
 @pytest.mark.parametrize(("kind", "nested"), [("nf4", True), ("nf4", False), ("int8", False)])
 @torch.no_grad()
 def test_merging_into_a_quantised_base(kind, nested):

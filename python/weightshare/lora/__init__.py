@@ -10,7 +10,7 @@ from weightshare.lora.plan import ShardPlan
 from weightshare.lora.pool import ShardPool
 
 if TYPE_CHECKING:
-    from weightshare.lora.bank import AdapterBank
+    from weightshare.lora.bank import AdapterBank, CapacityError, ResidentBytes
     from weightshare.lora.tuner.export import export_lora
     from weightshare.lora.tuner.parallel import average_pool_gradients_, pool_parameters
     from weightshare.lora.tuner.register import MoSConfig, MoSModel
@@ -18,9 +18,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterBank",
+    "CapacityError",
     "MoSConfig",
     "MoSLinear",
     "MoSModel",
+    "ResidentBytes",
     "ShardPlan",
     "ShardPool",
     "average_pool_gradients_",
@@ -32,6 +34,8 @@ __all__ = [
 # Imported when first asked for: the tuner needs PEFT, which is an extra.
 _LAZY = {
     "AdapterBank": "bank",
+    "CapacityError": "bank",
+    "ResidentBytes": "bank",
     "MoSConfig": "tuner.register",
     "MoSModel": "tuner.register",
     "average_pool_gradients_": "tuner.parallel",

@@ -63,6 +63,10 @@ class MoSLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, kind: str, running: Running, **quantization: Any):
         super().__init__()
         self.base_layer = base_layer
+        # bitsandbytes lays 4-bit weights out anew when such a CPU first evaluates, and from then on
+        # passes no gradient to the layer's input (as of 0.50).
+        if hasattr(base_layer, "support_avx512bf16_for_cpu"):
+            self.base_layer.support_avx512bf16_for_cpu = False
         self.in_features, self.out_features = widths(kind, base_layer)
         self.key = (kind, self.in_features, self.out_features)
         self.running = running
