@@ -12,7 +12,6 @@ from weightshare_kernels._products import _INTERPRETED
 from weightshare_kernels.ops.moe_mlp.triton_rows import _rounded
 from weightshare_kernels.ops.shard_lora.triton_products import _bound, _factor, _row_at
 
-
 _repeated: dict[tuple, tuple[StorageWeakRef, bool]] = {}
 
 
