@@ -19,10 +19,10 @@ from weightshare.lora.tuner.register import MoSConfig
 def swap_adapter(model: PeftModel, adapter_name: str, folder: str | os.PathLike) -> None:
     """Load another adapter in the place of one, into the same memory: pools and index tables.
 
-    No module and no parameter is made or replaced: optimizers and compiled graphs stay valid, and so
-    do captured CUDA graphs where alpha / r is the same. All is checked before anything is written.
-    The new adapter must have the shapes of the old one (r, equivalent rank, shards, target
-    modules); for any other use ``load_adapter`` and ``delete_adapter``.
+    No module and no parameter is made or replaced: optimizers and compiled graphs stay valid, and
+    so do captured CUDA graphs where alpha / r is the same. All is checked before anything is
+    written. The new adapter must have the shapes of the old one (r, equivalent rank, shards,
+    target modules); for any other use ``load_adapter`` and ``delete_adapter``.
 
     Args:
         model: from ``get_peft_model`` with a :class:`weightshare.lora.MoSConfig`.
