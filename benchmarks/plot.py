@@ -17,14 +17,17 @@ import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-EAGER = ("eager", "pad_and_sum")  # what people write today, by op
+EAGER = ("eager", "pad_and_sum", "gathered", "peft", "peft_loop")  # what people write today, by op
 INK, GRID, OURS, FLOOR, SLOWER = "#1f2933", "#d9dee3", "#2a7f9e", "#9fb3c1", "#c8553d"
 LEAST = 0.25  # a bar shorter than this is cut; its number is printed beside it all the same
 
 
 @dataclass(frozen=True)
 class Row:
-    """One workload on one machine; ratios are baseline time / our time, forward and backward."""
+    """One workload on one machine; ratios are baseline time / our time, forward and backward.
+
+    On a GPU these are its own times, from CUDA graphs, see graphs.py.
+    """
 
     op: str
     case: str
@@ -44,14 +47,26 @@ def read(folder: Path) -> list[Row]:
     rows = []
     for path in sorted(folder.glob("*.json")):
         for case, record in json.loads(path.read_text())["cases"].items():
-            pairs = {name: r["both"]["of_medians"] for name, r in record["ratios"].items()}
+            ms, ratios = times(record)
+            pairs = {name: r["both"] for name, r in ratios.items()}
             floor = record["floor"]
-            if floor is not None and floor != "dense":  # a floor of the forward pass only
-                pairs[floor] = record["ratios"][floor]["forward"]["of_medians"]
+            if floor in ratios and floor != "dense":  # a floor of the forward pass only
+                pairs[floor] = ratios[floor]["forward"]
             eager = next((pairs[name] for name in EAGER if name in pairs), None)
-            ms = record["variants"]["ours"]["both"]["median"]
             rows.append(Row(path.stem, case, ms, eager, pairs.get(floor), record["bars"]))
     return rows
+
+
+def times(record: dict) -> tuple[float, dict[str, dict[str, float]]]:
+    """Our ms and each baseline's ratios by phase: on a GPU its own, where they were captured."""
+    graph = record.get("graph", {})
+    if "ours" in graph.get("variants", {}):
+        return graph["variants"]["ours"]["both"]["median"], graph["ratios"]
+    plain = {
+        name: {phase: ratio["of_medians"] for phase, ratio in phases.items()}
+        for name, phases in record["ratios"].items()
+    }
+    return record["variants"]["ours"]["both"]["median"], plain
 
 
 def note(folder: Path) -> str:
