@@ -16,6 +16,19 @@ def test_initial_values():
     assert abs(made.a.mean()) < 0.05 and made.b.eq(0).all()
 
 
+def test_made_without_memory():
+    """Like other modules: on meta first, then memory of its own, then values, tables included."""
+    with torch.device("meta"):
+        made = pool()
+    made.to_empty(device="cpu")
+    made.a_index.fill_(-1)
+    made.reset_parameters()
+    torch.manual_seed(0)
+    wanted = pool()
+    assert torch.equal(made.a_index, wanted.a_index) and torch.equal(made.b_index, wanted.b_index)
+    assert made.b.eq(0).all() and made.a.abs().max() > 0
+
+
 def test_matrices_are_put_together_of_shards():
     made = pool(torch.float64)
     torch.nn.init.normal_(made.b)

@@ -178,6 +178,8 @@ def changed(folder, change):
         (lambda t: t.update({"o_proj.a": t["q_proj.a"].clone()}), "has pools for ['o_proj']"),
         (lambda t: t.pop("q_proj.b"), "missing ['q_proj.b']"),
         (lambda t: t.update({"q_proj.b": t["q_proj.b"][:8].clone()}), "has shape (8, 8)"),
+        (lambda t: t.update({"q_proj.b": t["q_proj.b"].long()}), "got torch.int64"),
+        (lambda t: t.update({"q_proj.b_index": t["q_proj.b_index"].float()}), "got torch.float32"),
         (lambda t: t["q_proj.b_index"].fill_(32), "q_proj.b_index: shard 32 is outside the pool"),
         (lambda t: t["v_proj.a_index"].fill_(-2), "v_proj.a_index: shard -2 is outside"),
     ],

@@ -43,15 +43,18 @@ class ShardPool(nn.Module):
         options = {"device": device, "dtype": dtype}
         self.a = nn.Parameter(torch.empty(plan.pool_shards, a_width, **options))
         self.b = nn.Parameter(torch.empty(plan.pool_shards, b_width, **options))
-        for name, table in zip(("a_index", "b_index"), plan.tables(), strict=True):
-            self.register_buffer(name, table.to(self.a.device))
+        for name in ("a_index", "b_index"):
+            table = torch.empty(plan.layers, plan.r, plan.shards, dtype=torch.int32, device=device)
+            self.register_buffer(name, table)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw A anew and zero B; the tables stay."""
+        """Draw A anew, zero B, and write the plan's tables: all that a pool from meta needs."""
         bound = self.in_features**-0.5
         nn.init.uniform_(self.a, -bound, bound)
         nn.init.zeros_(self.b)
+        for table, drawn in zip((self.a_index, self.b_index), self.plan.tables(), strict=True):
+            table.copy_(drawn)
 
     def matrices(self, layer: int) -> tuple[Tensor, Tensor]:
         """A ``[r, d_in]`` and B ``[d_out, r]`` of a layer, put together: copies, differentiable."""

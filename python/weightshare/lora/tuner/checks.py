@@ -20,8 +20,8 @@ def check_tensors(tensors: Mapping[str, Tensor], pools: Mapping[str, ShardPool])
         pools: of the model, by type.
 
     Raises:
-        ValueError: types or tensors are missing or superfluous, shapes differ, or a table names a
-            shard that the pool has not.
+        ValueError: types or tensors are missing or superfluous, shapes or kinds of numbers
+            differ, or a table names a shard that the pool has not.
     """
     there = {name.rpartition(".")[0] for name in tensors}
     for verb, kinds in (("lacks", pools.keys() - there), ("has", there - pools.keys())):
@@ -43,6 +43,8 @@ def check_tensors(tensors: Mapping[str, Tensor], pools: Mapping[str, ShardPool])
                     f"{tuple(here.shape)} ({pool.extra_repr()}); the adapter was made for another "
                     "base model or with other ranks or shards"
                 )
+            if found.is_floating_point() != here.is_floating_point():
+                raise ValueError(f"{kind}.{part}: expected {here.dtype}, got {found.dtype}")
         for part in ("a", "b"):
             shards = tensors[f"{kind}.{part}"].shape[0]
             shard_index(tensors[f"{kind}.{part}_index"], shards, f"{kind}.{part}_index")

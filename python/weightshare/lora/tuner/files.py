@@ -27,9 +27,10 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 def save_adapter(
     folder: str | os.PathLike, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Write an adapter folder; a crash at any moment leaves old files or new ones, never parts.
+    """Write an adapter folder; a crash at any moment leaves each file old or new, never in parts.
 
-    Both files are written beside the old ones, down to the disk, before either takes its place.
+    Both files are written beside the old ones, down to the disk, before either takes its place: new
+    tensors can meet an old configuration only if the crash falls between two renamings.
 
     Args:
         folder: where to; made if need be.
