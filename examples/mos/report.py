@@ -134,8 +134,8 @@ def summary(result: dict) -> list[str]:
 
 def picture(result: dict, path: Path) -> None:
     """Bits over parameters; differences at equal parameters and at equal rank; throughput."""
-    figure = Figure(figsize=(13, 7.4), layout="constrained", dpi=110)
-    grid = figure.add_gridspec(2, 3, width_ratios=[1.5, 1, 1])
+    figure = Figure(figsize=(13.5, 7.6), layout="constrained", dpi=110)
+    grid = figure.add_gridspec(2, 3, width_ratios=[1.45, 1, 1])
     figure.get_layout_engine().set(h_pad=0.08, w_pad=0.08)
     main_panel(figure.add_subplot(grid[:, 0]), result)
     difference_panel(figure.add_subplot(grid[0, 1]), result, equal_parameters)
@@ -165,7 +165,7 @@ def main_panel(panel, result: dict) -> None:
         panel.errorbar(
             parameters(result, method.name) * 1.07 ** beside[method.budget], centre, half,
             color=COLOURS[method.name], marker="D", markersize=7, capsize=4, linestyle="none",
-            label=f"MoS of rank {method.rank} from the parameters of LoRA {method.budget}",
+            label=method.name,
             zorder=3,
         )  # fmt: skip
     options = result["settings"]
@@ -178,8 +178,10 @@ def main_panel(panel, result: dict) -> None:
     panel.set_xticks(x, [f"{value:,}" for value in x])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
+    panel.margins(x=0.18)
     panel.legend(
-        loc="upper right", title=f"mean of {options['plays']} plays; bars: 95 % over "
+        loc="upper right", fontsize=9.5, alignment="left", title="MoS e -> r: rank r with the\n"
+        f"parameters of LoRA e (drawn\nbeside it). Mean of {options['plays']}\nplays, 95 % over "
         f"{options['seeds']} seeds",
     )  # fmt: skip
 
@@ -194,10 +196,10 @@ def difference_panel(panel, result: dict, partner) -> None:
         centre, half = over_seeds(rows)
         panel.errorbar(at - 0.1, centre, half, color=colour, marker="D", capsize=5, markersize=7)
     panel.axhline(0, color="black", linewidth=0.8)
-    panel.set_xticks(range(len(MOS)), [f"{m.name}\nvs {partner(m)}" for m in MOS], fontsize=8.5)
+    panel.set_xticks(range(len(MOS)), [f"{m.name}\nagainst\n{partner(m)}" for m in MOS], fontsize=8)
     panel.set_xlim(-0.5, len(MOS) - 0.5)
     what = "equal parameters" if partner is equal_parameters else "equal rank"
-    panel.set(ylabel="bits per byte, MoS minus LoRA", title=f"At {what} (below 0: MoS better)")
+    panel.set(ylabel="bits per byte, MoS minus LoRA", title=f"At {what}\n(below 0: MoS is better)")
     panel.grid(axis="y", alpha=0.3)
     panel.set_axisbelow(True)
 
