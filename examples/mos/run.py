@@ -205,14 +205,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-batch", type=int, default=32)
     parser.add_argument("--base-lr", type=float, default=6e-3)
     parser.add_argument("--new", type=int, default=96, help="bytes to generate of each play")
-    parser.add_argument("--repeats", type=int, default=5, help="of each throughput")
+    parser.add_argument("--timed", type=int, default=24, help="bytes of each play, against time")
+    parser.add_argument("--repeats", type=int, default=3, help="of each throughput")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time")
     parser.add_argument("--tune", action="store_true", help="try learning rates, then stop")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for results")
     parser.add_argument("--quick", action="store_true", help="a few steps of everything")
     if parser.parse_known_args(argv)[0].quick:
         parser.set_defaults(
-            seeds=2, plays=2, steps=3, base_steps=3, base_batch=4, new=4, repeats=1, jobs=1
+            seeds=2, plays=2, steps=3, base_steps=3, base_batch=4, new=4, timed=2, repeats=1, jobs=1
         )
     return parser.parse_args(argv)
 

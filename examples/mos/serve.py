@@ -97,23 +97,23 @@ def serve(
     bank, names = fill(base, adapters), [play.name for play in plays]
     prompts = torch.stack([play.test[:PROMPT] for play in plays])
 
-    def together(chosen: list[str | None]) -> Tensor:
+    def together(chosen: list[str | None], new: int) -> Tensor:
         with bank.batch(chosen):
-            return write(base, prompts, options.new)
+            return write(base, prompts, new)
 
     def by_turns() -> int:
         for name, prompt in zip(names, prompts, strict=True):
             with bank.batch([name]):
-                write(base, prompt[None], options.new)
-        return len(names) * options.new
+                write(base, prompt[None], options.timed)
+        return len(names) * options.timed
 
     ways = {
-        "one batch": lambda: together(list(names)).numel(),
+        "one batch": lambda: together(list(names), options.timed).numel(),
         "by turns": by_turns,
-        "no adapters": lambda: together([None] * len(names)).numel(),
+        "no adapters": lambda: together([None] * len(names), options.timed).numel(),
     }
     found = rates(ways, options.repeats)
-    texts = [bytes(row.tolist()).decode("ascii") for row in together(list(names))]
+    texts = [bytes(row.tolist()).decode("ascii") for row in together(list(names), options.new)]
     starts = [bytes(row.tolist()).decode("ascii") for row in prompts]
     size = bank.resident_bytes()
     return {
