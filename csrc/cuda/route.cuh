@@ -14,7 +14,8 @@ namespace weightshare::cuda {
 
 constexpr int kRouteWarps = 16;
 constexpr int kRouteThreads = kRouteWarps * int(kWarp);
-constexpr int kRouteTokensPerWarp = 4;  // before more blocks are worth the sum over them
+constexpr int kRouteTokensPerWarp = 2;       // before more blocks are worth the sum over them
+constexpr unsigned kRouteBlocksAtOnce = 32;  // whose histograms a lane asks for before it adds one
 
 struct RouteTables {
   int64_t *counts, *offsets, *permutation, *inverse;
@@ -108,11 +109,16 @@ __device__ __forceinline__ void route_offsets(const RouteShape& shape, const Rou
     const int e = chunk * int(kWarp) + lane;
     int64_t before = 0, total = 0;
     if (e < bins) {
-#pragma unroll 8
-      for (unsigned b = 0; b < gridDim.x; ++b) {
-        const int32_t count = tables.bins[int64_t(b) * bins + e];
-        before += b < blockIdx.x ? count : 0;
-        total += count;
+      for (unsigned first = 0; first < gridDim.x; first += kRouteBlocksAtOnce) {
+        int32_t counts[kRouteBlocksAtOnce];
+#pragma unroll
+        for (unsigned i = 0; i < kRouteBlocksAtOnce; ++i)
+          counts[i] = first + i < gridDim.x ? tables.bins[int64_t(first + i) * bins + e] : 0;
+#pragma unroll
+        for (unsigned i = 0; i < kRouteBlocksAtOnce; ++i) {
+          before += first + i < blockIdx.x ? counts[i] : 0;
+          total += counts[i];
+        }
       }
     }
     int64_t sum = total;  // over the experts up to this one
