@@ -104,9 +104,15 @@ def waits_for_the_host(run: Callable[[], None]) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def gradient(y: Tensor) -> Tensor:
+    """A random gradient, by a generator of its own: capture holds the common one's state."""
+    generator = torch.Generator(y.device).manual_seed(0)
+    return torch.randn(y.shape, generator=generator, dtype=y.dtype, device=y.device)
+
+
 def captured(name: str, works: list[Workload]) -> Captured:
     """Both phases of one side; raises RuntimeError where a phase waits for the host."""
-    grads = [[torch.randn_like(y) for y in outputs_of(work)] for work in works]
+    grads = [[gradient(y) for y in outputs_of(work)] for work in works]
     graphs = {}
     waits_for_the_host(lambda: both(works[0], grads[0]))
     for phase, function in (("forward", forward), ("both", both)):

@@ -65,6 +65,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(graphs, "capture", capture)
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: None)
     monkeypatch.setattr(graphs, "LEAST_SAMPLE", 0.0)
     maker = graphs.Maker
     monkeypatch.setattr(graphs, "Maker", lambda dtype, device, seed: maker(dtype, "cpu", seed))
