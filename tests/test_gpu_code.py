@@ -54,12 +54,11 @@ def test_cuda_kernel(source, target):
         assert binary.resources.blocks(target) >= 1, name
 
 
-@pytest.mark.parametrize("tokens", [512, 8])
-def test_blocks_of_any_alignment(tokens):
+def test_blocks_of_any_alignment():
     """Blocks of k that start on multiples of 8 are read in 16 bytes, the others by the element."""
     from weightshare_kernels.ops.entangled_linear.triton import forward
 
-    x, weight = (torch.empty(n, 256, dtype=torch.bfloat16, device="meta") for n in (tokens, 512))
+    x, weight = (torch.empty(n, 256, dtype=torch.bfloat16, device="meta") for n in (8, 512))
     rows, cols = (torch.empty(n, dtype=torch.int32, device="meta") for n in (512, 256))
     grid = torch.empty(4, 3, device="meta")
     target = _gpu_code.TARGETS["sm_90"]
@@ -83,7 +82,7 @@ def test_sizes_share_a_binary():
         (launch,) = _gpu_code.record(lambda: forward(x, weight, None, index, None))
         return repr(_gpu_code.specialise(launch))
 
-    assert forms(197, 320) == forms(1576, 480) == forms(1000, 16)
+    assert forms(197, 320) == forms(976, 480) == forms(1000, 16)
 
 
 def test_small_kernels_share_a_binary():
@@ -91,10 +90,10 @@ def test_small_kernels_share_a_binary():
     from weightshare_kernels.ops.entangled_linear.triton import forward
 
     def forms(blocks):
-        x, weight = (torch.empty(n, 256, device="meta") for n in (512, 256))
+        x, weight = (torch.empty(n, 256, device="meta") for n in (8, 256))
         classes = torch.empty(256, dtype=torch.int32, device="meta")
         grid = torch.empty(*blocks, device="meta")
-        (launch,) = _gpu_code.record(lambda: forward(x, weight, None, grid, classes, classes))
+        launch, *_ = _gpu_code.record(lambda: forward(x, weight, None, grid, classes, classes))
         signature, constants, _ = _gpu_code.specialise(launch)
         return signature, {k: str(v) for k, v in constants.items()}
 

@@ -26,6 +26,8 @@ running pass will execute, and counts them down. What follows, each pinned by a 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 import weakref
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -34,8 +36,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
+from weightshare_kernels import _config
 from weightshare_kernels._buffers import empty_like
-from weightshare_kernels._select import Axis
+from weightshare_kernels._select import Axis, temporary
 
 _runs = torch._C._will_engine_execute_node
 _task = torch._C._current_graph_task_id
@@ -223,3 +226,19 @@ def padded(grad: Tensor, shape: torch.Size, rows: Axis, cols: Axis) -> Tensor:
     top = 0 if rows.index is not None else rows.start
     right, bottom = shape[1] - left - grad.shape[1], shape[0] - top - grad.shape[0]
     return torch.nn.functional.pad(grad, (left, right, top, bottom))
+
+
+def column_sums(grad: Tensor) -> Tensor:
+    """Sums of ``[..., n]`` over all but the last dimension: the gradient of a bias."""
+    rows = grad.flatten(0, -2)
+    apart = plain() and not temporary() and not torch.is_grad_enabled()
+    if apart and (_triton_sums if rows.is_cuda else _interpreted_sums):
+        from weightshare_kernels import _sums
+
+        return _sums.column_sums(rows)
+    return rows.sum(0)
+
+
+_backend = _config.get("WEIGHTSHARE_BACKEND")
+_triton_sums = _backend != "reference" and importlib.util.find_spec("triton") is not None
+_interpreted_sums = _backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"

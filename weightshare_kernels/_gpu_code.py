@@ -130,9 +130,11 @@ def wide_loads(ptx: str) -> int:
 
 
 def examples(dtype: torch.dtype) -> Iterator[_triton.Example]:
-    """Examples of every op that has a Triton module."""
+    """Examples of every op that has a Triton module, and of what ops share."""
     import weightshare_kernels.ops as ops
+    from weightshare_kernels import _sums
 
+    yield from _sums.examples(dtype)
     for module in pkgutil.iter_modules(ops.__path__):
         name = f"{ops.__name__}.{module.name}.triton"
         if module.ispkg and importlib.util.find_spec(name) is not None:

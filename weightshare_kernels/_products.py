@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -280,8 +281,8 @@ def product(
     c = a.new_empty(m, n)
     if not c.numel():
         return c.view(*lead, n)
-    tile = product_tile(m, n, k, a, mixture is not None, k_table is not None)
-    if mixture is not None and m <= FEW_ROWS and tile.k > 32:
+    tile = product_tile(m, n, k, a, k_table is not None)
+    if mixture is not None and tile.k > 32:
         tile = replace(tile, k=tile.k // 2)  # addresses of unaligned blocks take registers
     sums = sum_dtype(a)
     split = tile.split
@@ -352,7 +353,7 @@ def outer_(
     return None if sums is None else sums.sum(0).view(blocks)
 
 
-def product_tile(m: int, n: int, k: int, like: Tensor, mixed: bool, gathered: bool) -> Tile:
+def product_tile(m: int, n: int, k: int, like: Tensor, gathered: bool) -> Tile:
     """Tile of ``_product_kernel``: tuned for this GPU if known, else by rule.
 
     Few rows are bound by reading b: slim tiles, split over k until every multiprocessor has two.
@@ -361,8 +362,7 @@ def product_tile(m: int, n: int, k: int, like: Tensor, mixed: bool, gathered: bo
     if interpreted():
         return Tile(16, 64, 64, split=2) if m <= FEW_ROWS else Tile(64, 64, 64)
     if m > FEW_ROWS:
-        tile = tuned("product_mixed" if mixed else "product", like)
-        tile = tile or _tile_by_rule(m, n, like, mixed)
+        tile = tuned("product", like) or _tile_by_rule(m, n, like)
     else:
         step = max(32, 256 // like.element_size())
         tile = tuned("few_rows", like) or Tile(16, 32, step, stages=4)
@@ -376,16 +376,15 @@ def outer_tile(m: int, n: int, like: Tensor, mixed: bool) -> Tile:
     """Tile of ``_outer_kernel``, likewise; block sums want registers, so a thread gets less."""
     if interpreted():
         return Tile(64, 64, 64)
-    rule = _tile_by_rule(m, n, like, False)
+    rule = _tile_by_rule(m, n, like)
     if mixed and rule.m == 128:
         rule = replace(rule, n=64)
     return tuned("outer_mixed" if mixed else "outer", like) or rule
 
 
-def _tile_by_rule(m: int, n: int, like: Tensor, two_sums: bool) -> Tile:
+def _tile_by_rule(m: int, n: int, like: Tensor) -> Tile:
     """128 x 128, or 64 x 128 where that would leave multiprocessors idle.
 
-    Two sums to an element (a mixture's) are spread over more threads, so that none spills.
     Elements of 4 bytes and more run on the plain cores ("ieee") or at half the rate (tf32) and
     take twice the room: smaller tiles.
     """
@@ -393,10 +392,20 @@ def _tile_by_rule(m: int, n: int, like: Tensor, two_sums: bool) -> Tile:
     if width == 8:
         return Tile(32, 32, 16, stages=2)
     if width == 4:
-        return Tile(64, 64, 16, warps=8) if two_sums else Tile(64, 64, 32)
+        return Tile(64, 64, 32)
     if triton.cdiv(m, 128) * triton.cdiv(n, 128) < multiprocessors(like):
-        return Tile(64, 128, 64, warps=8 if two_sums else 4)
+        return Tile(64, 128, 64, warps=4)
     return Tile(128, 128, 64, warps=8)
+
+
+def across(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad^T x`` over all tokens by PyTorch's product, its sums rounded once, to dtype."""
+    grad, x = matrix(grad).t(), matrix(x)
+    if grad.dtype == dtype:
+        return grad @ x
+    if grad.is_cuda:
+        return torch.mm(grad, x, out_dtype=dtype)
+    return grad.to(dtype) @ x.to(dtype)
 
 
 def matrix(x: Tensor) -> Tensor:

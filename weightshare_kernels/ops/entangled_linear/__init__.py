@@ -47,9 +47,9 @@ def entangled_linear(
     """Linear layer of ``sum_k alpha_k Pad(W[:o_k, :i_k])``, bias likewise, without the sum.
 
     The factors ``C = sum_k alpha_k 1[o < o_k, i < i_k]`` are constant on the blocks of a small
-    grid; kernels scale tiles of W by them inside the product. Nothing of W's size is saved but W
-    itself, nor made in the forward pass (but for a cast under autocast, and one scaled copy for
-    low precision with many rows on a CPU). Backward returns dW and every d alpha from one pass.
+    grid; kernels scale tiles of W by them inside the product, or where there are many rows (on a
+    GPU, and in low precision on a CPU) make one scaled copy for the call. Nothing of W's size is
+    saved but W itself. Backward returns dW and every d alpha from one pass.
 
     Args:
         x: input ``[..., I]``.
@@ -183,7 +183,7 @@ class _EntangledLinear(Function):
             if wants_weight or wants_grid:
                 dw, dgrid = _weight_gradient(ctx, grad, x, weight, grid, rows, cols)
         if wants_bias:
-            db = grad.flatten(0, -2).sum(0)
+            db = _collect.column_sums(grad)
         return dx, dw, db, dgrid, None, None, None
 
 
@@ -228,7 +228,7 @@ class _ScaledLinear(Function):
         return (
             inner * v,
             product * u[:, None],
-            grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[2] else None,
+            _collect.column_sums(grad) if ctx.needs_input_grad[2] else None,
             (product * weight).sum(1),
             (inner * x).flatten(0, -2).sum(0),
         )

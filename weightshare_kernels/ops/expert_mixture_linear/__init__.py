@@ -70,8 +70,8 @@ def expert_mixture_linear(
     """Linear layer of a slice of mixed experts: ``W = sum_m diag(mix^m) E^m[out, in_]``.
 
     The experts are summed tile by tile while the product reads them. The mixed weight is never
-    saved for backward, nor made but for one copy that lives for the call (on a CPU: many rows,
-    picked columns). Backward computes ``dy^T x`` once, and from each of its tiles every expert's
+    saved for backward, nor made but for one copy that lives for the call (more than 16 rows on a
+    GPU; on a CPU many rows, picked columns). Backward computes ``dy^T x`` once, and from each of its tiles every expert's
     gradient and every ``d mix``. The experts' gradients of all slices used in a backward pass are
     summed in one buffer (see ``weightshare_kernels._collect``).
 
@@ -193,7 +193,7 @@ class _ExpertMixtureLinear(Function):
             if wants_experts or wants_mix:
                 dw, dmix = _weight_gradient(ctx, grad, x, *arguments)
         if wants_bias:
-            db = grad.flatten(0, -2).sum(0)
+            db = _collect.column_sums(grad)
         return dx, dw, db, dmix, None, None, None
 
 

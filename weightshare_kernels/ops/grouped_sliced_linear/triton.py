@@ -194,7 +194,7 @@ def forward(
         return y
     table, unit = _groups(sizes, outs, ins, x.device)
     k = max(ins)
-    tile = _products.product_tile(m, width, max(k, 1), x, False, False)
+    tile = _products.product_tile(m, width, max(k, 1), x, False)
     sums, split = _triton.sum_dtype(x), tile.split
     out = y if split == 1 else x.new_empty(split, m, width, dtype=sums)
     bias = None if bias is None else bias.contiguous()

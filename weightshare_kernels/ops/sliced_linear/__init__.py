@@ -265,7 +265,7 @@ def _bias_gradient(grad: Tensor, rows: Axis, size: int) -> Tensor:
     """Column sums of grad, put where the bias was taken from; zero elsewhere."""
     if size == 0:
         return grad.new_empty(0)
-    db = grad.flatten(0, -2).sum(0)
+    db = _collect.column_sums(grad)
     if rows.index is not None:
         return db.new_zeros(size).index_copy(0, rows.index, db)
     return torch.nn.functional.pad(db, (rows.start, size - rows.start - rows.length))
