@@ -81,6 +81,24 @@ def test_repeats_bitwise(case):
         assert torch.equal(first, second)
 
 
+@pytest.mark.skipif(DEVICE != "cuda", reason="without a GPU there is nothing to wait for")
+@pytest.mark.parametrize("case", CASES)
+def test_host_does_not_wait(case):
+    """From the second call on, so that CUDA graphs can hold it and launches run ahead."""
+    inputs = case.inputs(Maker(torch.float32, DEVICE))
+
+    def step():
+        y = case.call(**inputs)
+        torch.autograd.grad(y, leaves(inputs), torch.ones_like(y), materialize_grads=True)
+
+    step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("layout", ["strided", "transposed", "expanded_grad"])
 @pytest.mark.parametrize("case", CASES)
 def test_awkward_strides(case, layout):

@@ -152,8 +152,15 @@ def _fold(blocks: Sequence[int], classes: Sequence[Tensor]) -> tuple[Tensor, Ten
 
 
 def mixture(grid: Grid, alpha: Tensor) -> Tensor:
-    """Factor of every block, ``membership @ alpha``, written so that autocast leaves it alone."""
-    return (grid.membership * alpha).sum(1)
+    """Factor of every block, ``membership @ alpha``."""
+    return _times(grid.membership, alpha)
+
+
+def _times(matrix: Tensor, alpha: Tensor) -> Tensor:
+    """``matrix @ alpha`` in alpha's precision: autocast would take the product for a layer's."""
+    if torch._C._is_any_autocast_enabled():
+        return (matrix * alpha).sum(1)
+    return matrix.mv(alpha)
 
 
 def mixture_of_elements(grid: Grid, alpha: Tensor) -> Tensor:
@@ -162,7 +169,7 @@ def mixture_of_elements(grid: Grid, alpha: Tensor) -> Tensor:
     Straight from alpha: the backward of an indexed mixture sorts on a GPU, which takes longer than
     the product of a layer.
     """
-    return (grid.elements * alpha).sum(1)
+    return _times(grid.elements, alpha)
 
 
 def check_choices(choices, alpha, shape: Sequence[int], axes: Sequence[str]) -> None:

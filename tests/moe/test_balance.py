@@ -7,8 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import linprog
-from scipy.sparse import eye, hstack, kron, vstack
 from weightshare.moe.balance import (
     DEFAULT_RATES,
     max_violation,
@@ -154,11 +152,15 @@ def dual(scores, bias, k):
 def assignment(scores, k):
     """Optimum of the LP, per token: k experts for a token, tokens * k / E tokens for an expert."""
     tokens, experts = scores.shape
-    each = kron(eye(tokens), np.ones((1, experts)))
-    load = hstack([eye(experts)] * tokens)
+    optimize, sparse = pytest.importorskip("scipy.optimize"), pytest.importorskip("scipy.sparse")
+    each = sparse.kron(sparse.eye(tokens), np.ones((1, experts)))
+    load = sparse.hstack([sparse.eye(experts)] * tokens)
     limits = np.concatenate([np.full(tokens, k), np.full(experts, tokens * k / experts)])
-    found = linprog(
-        -scores.numpy().ravel(), A_eq=vstack([each, load]).tocsr(), b_eq=limits, bounds=(0, 1)
+    found = optimize.linprog(
+        -scores.numpy().ravel(),
+        A_eq=sparse.vstack([each, load]).tocsr(),
+        b_eq=limits,
+        bounds=(0, 1),
     )
     assert found.success
     return -found.fun / tokens, torch.from_numpy(-found.eqlin.marginals[tokens:])
