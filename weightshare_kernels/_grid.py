@@ -169,6 +169,7 @@ def mixture_of_elements(grid: Grid, alpha: Tensor) -> Tensor:
     Straight from alpha: the backward of an indexed mixture sorts on a GPU, which takes longer than
     the product of a layer.
     """
+    assert grid.elements is not None, "a grid of a vector"
     return _times(grid.elements, alpha)
 
 
