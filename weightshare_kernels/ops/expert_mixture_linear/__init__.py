@@ -71,9 +71,9 @@ def expert_mixture_linear(
 
     The experts are summed tile by tile while the product reads them. The mixed weight is never
     saved for backward, nor made but for one copy that lives for the call (more than 16 rows on a
-    GPU; on a CPU many rows, picked columns). Backward computes ``dy^T x`` once, and from each of its tiles every expert's
-    gradient and every ``d mix``. The experts' gradients of all slices used in a backward pass are
-    summed in one buffer (see ``weightshare_kernels._collect``).
+    GPU; on a CPU many rows, picked columns). Backward computes ``dy^T x`` once, and from each of
+    its tiles every expert's gradient and every ``d mix``. The experts' gradients of all slices used
+    in a backward pass are summed in one buffer (see ``weightshare_kernels._collect``).
 
     Args:
         x: input ``[..., in]``, ``in`` being the size of the ``in_`` selection.
