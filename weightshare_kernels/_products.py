@@ -365,7 +365,8 @@ def product_tile(m: int, n: int, k: int, like: Tensor, gathered: bool) -> Tile:
         tile = tuned("product", like) or _tile_by_rule(m, n, like)
     else:
         step = max(32, 256 // like.element_size())
-        tile = tuned("few_rows", like) or Tile(16, 32, step, stages=4)
+        warps = 2 if like.element_size() == 4 else 4  # four spill on sm_100
+        tile = tuned("few_rows", like) or Tile(16, 32, step, stages=4, warps=warps)
         tiles = triton.cdiv(n, tile.n)
         split = min(triton.cdiv(2 * multiprocessors(like), tiles), k // (2 * tile.k))
         tile = replace(tile, split=max(1, split))
@@ -379,6 +380,8 @@ def outer_tile(m: int, n: int, like: Tensor, mixed: bool) -> Tile:
     rule = _tile_by_rule(m, n, like)
     if mixed and rule.m == 128:
         rule = replace(rule, n=64)
+    if mixed and like.element_size() == 4:  # four warps spill on sm_100
+        rule = replace(rule, warps=8)
     return tuned("outer_mixed" if mixed else "outer", like) or rule
 
 

@@ -167,8 +167,10 @@ def _expand_tile(g: _Groups, side: _Side, like: Tensor, summed: int) -> tuple[Ti
         n, whole = side.step(128)
         return Tile(height, n, _block(max(side.ranks), 32), stages=1), whole, 2
     rank = max(side.ranks)
-    k = _block(rank, 32 if size > 2 else 128 if rank <= 128 else 64)
     few, several = height == 16, summed > 1
+    k = _block(rank, 32 if size > 2 else 128 if rank <= 128 else 64)
+    if size == 4 and not few:  # longer steps spill
+        k = 16
     if not several:  # the base takes registers
         height = min(height, 64)
     if size == 2 and summed * height * k > 32 * 1024:
