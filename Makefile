@@ -75,7 +75,7 @@ test: install $(VENV)/.peers ## the whole suite, then the op tests on the other 
 	run; \
 	run tests/test_ops.py --backend triton -n 2; \
 	run tests/test_ops.py --backend reference; \
-	run tests/test_ops.py --backend cuda-host -k "entangle- or route- or shard_lora-"; \
+	run tests/test_ops.py --backend cuda-host -n 2 -k "entangle- or route- or shard_lora-"; \
 	if [ -n "$$failed" ]; then printf "failed:$$failed\n"; exit 1; fi
 
 test-slow: install ## the tests marked slow
