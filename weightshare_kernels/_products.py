@@ -283,7 +283,9 @@ def product(
         return c.view(*lead, n)
     tile = product_tile(m, n, k, a, k_table is not None)
     if mixture is not None and tile.k > 32:
-        tile = replace(tile, k=tile.k // 2)  # addresses of unaligned blocks take registers
+        # Addresses of unaligned blocks take registers; four warps in fp32 spill on sm_100.
+        warps = 2 if a.element_size() == 4 else tile.warps
+        tile = replace(tile, k=tile.k // 2, warps=warps)
     sums = sum_dtype(a)
     split = tile.split
     out, inner = (c, bias) if split == 1 else (a.new_empty(split, m, n, dtype=sums), None)
@@ -365,8 +367,7 @@ def product_tile(m: int, n: int, k: int, like: Tensor, gathered: bool) -> Tile:
         tile = tuned("product", like) or _tile_by_rule(m, n, like)
     else:
         step = max(32, 256 // like.element_size())
-        warps = 2 if like.element_size() == 4 else 4  # four spill on sm_100
-        tile = tuned("few_rows", like) or Tile(16, 32, step, stages=4, warps=warps)
+        tile = tuned("few_rows", like) or Tile(16, 32, step, stages=4)
         tiles = triton.cdiv(n, tile.n)
         split = min(triton.cdiv(2 * multiprocessors(like), tiles), k // (2 * tile.k))
         tile = replace(tile, split=max(1, split))
