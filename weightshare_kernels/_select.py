@@ -79,7 +79,10 @@ def temporary() -> bool:
 
 def view(tensor: Tensor, dim: int, axis: Axis) -> Tensor:
     """Narrow a dimension to a span; an index table leaves it whole for the kernel to gather."""
-    if axis.index is not None or (axis.start == 0 and axis.length == tensor.shape[dim]):
+    if axis.index is not None:
+        return tensor
+    # Saves a call; a compiler would ask whether a width is the whole, and compile for either.
+    if not torch.compiler.is_compiling() and axis.start == 0 and axis.length == tensor.shape[dim]:
         return tensor
     return tensor.narrow(dim, axis.start, axis.length)
 
