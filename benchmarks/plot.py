@@ -50,7 +50,7 @@ def read(folder: Path) -> list[Row]:
             ms, ratios = times(record)
             pairs = {name: r["both"] for name, r in ratios.items()}
             floor = record["floor"]
-            if floor in ratios and floor != "dense":  # a floor of the forward pass only
+            if floor in ratios and not floor.startswith("dense"):  # of the forward pass only
                 pairs[floor] = ratios[floor]["forward"]
             eager = next((pairs[name] for name in EAGER if name in pairs), None)
             rows.append(Row(path.stem, case, ms, eager, pairs.get(floor), record["bars"]))

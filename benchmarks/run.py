@@ -40,7 +40,7 @@ from memory import peak_bytes, saved_bytes
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-FLOORS = ("dense", "clone")  # baselines that are the least a case can cost, by preference
+FLOORS = ("dense", "dense_lora", "clone", "read")  # the least a case can cost, by preference
 PHASES = ("forward", "backward", "both")
 SECONDS_PER_VARIANT, LEAST_ROUNDS, MOST_ROUNDS = 1.5, 15, 300
 LEAST_SAMPLE = 2e-3  # seconds; shorter steps are repeated within one sample

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from weightshare_kernels import AdapterGroups, group_by_adapter
-from weightshare_kernels.ops.shard_lora import _infer, shard_lora_group
+from weightshare_kernels.ops.shard_lora import infer, shard_lora_group
 
 if TYPE_CHECKING:
     from weightshare.lora.bank import AdapterBank
@@ -208,7 +208,7 @@ def adapted(layers: Sequence[BankLinear], x: Tensor, batch: Batch) -> list[Tenso
         return shard_lora_group(x, bases, *pools, *tables, scales, adapters=groups)
     rows = [t if t.dim() == 2 else t.flatten(0, -2) for t in (x, *bases)]
     flat = (*rows[1:], *chain(*pools), *chain(*tables))
-    ys = _infer(rows[0], flat, groups, scales, 1.0, len(layers))
+    ys = infer(rows[0], flat, groups, scales, 1.0, len(layers))
     return [y.view(base.shape) for y, base in zip(ys, bases, strict=True)]
 
 

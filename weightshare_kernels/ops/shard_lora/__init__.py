@@ -183,7 +183,7 @@ def shard_lora_group(
         tables = (*_tables_of(groups, a_indices[0].shape[0]), scales, factor)
         ys, _ = reference.define(rows, bases, a_pools, b_pools, a_indices, b_indices, *tables)
     elif not tracked and torch.autograd.forward_ad._current_level < 0:
-        ys = _infer(rows, tensors, groups, scales, factor, len(bases))
+        ys = infer(rows, tensors, groups, scales, factor, len(bases))
     else:
         tables = (*_tables_of(groups, a_indices[0].shape[0]), scales)
         arguments = (rows, factor, len(bases), *tensors, *tables)
@@ -289,7 +289,7 @@ def _lists(tensors: Sequence[Tensor], count: int) -> list[list[Tensor]]:
     return [list(tensors[i : i + count]) for i in range(0, 5 * count, count)]
 
 
-def _infer(x, tensors, groups, scales, scale, count) -> list[Tensor]:
+def infer(x, tensors, groups, scales, scale, count) -> list[Tensor]:
     """Outputs alone: few rows by a kernel that needs no tables, where there is one."""
     bases, *pools = _lists(tensors, count)
     few = x.shape[0] <= DECODE_ROWS and not x.is_meta
